@@ -1,0 +1,57 @@
+"What the pages can't show of the models: a compiler, another runtime, several processes."
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fishnet_nb.models import create_model
+
+
+def thin(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model('fishnet73', **{'widths': (8, 16, 32, 64), **kwargs})
+
+
+@pytest.mark.parametrize('name', ['fishnet73', 'resnet50'])
+def test_onnx_gives_the_same_scores(tmp_path, name):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, images = create_model(name, widths=(8, 16, 32, 64)).eval(), torch.randn(2, 3, 32, 32)
+    torch.onnx.export(model, (images,), tmp_path/'fish.onnx', dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path/'fish.onnx')
+    three = torch.randn(3, 3, 32, 32)
+    scores, = session.run(None, {session.get_inputs()[0].name: three.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), model(three).detach(), atol=1e-4, rtol=1e-3)
+
+
+def test_compiled_model_trains_alike():
+    eager, compiled = (thin(widths=(8, 16), tail=(1, 1)).double() for _ in range(2))
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)  # float64, so that what differs is the program and not the rounding
+    scores = [model(images) for model in (eager, torch.compile(compiled, fullgraph=True))]
+    for out in scores: out.square().mean().backward()
+    torch.testing.assert_close(*scores, atol=1e-8, rtol=1e-8)
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True): torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-6)
+
+
+def _train_step(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+    model = DistributedDataParallel(thin())  # find_unused_parameters stays False
+    for step in range(2):
+        torch.manual_seed(2*step + rank)
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()  # the second pass fails if the first left parameters out
+    torch.save([p.grad for p in model.parameters()], f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_without_unused_parameters(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    mp.spawn(_train_step, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path/f'{rank}.pt') for rank in range(2))
+    for a, b in zip(first, second, strict=True): torch.testing.assert_close(a, b)
