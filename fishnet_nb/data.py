@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CIFAR_CLASSES', 'CIFAR_FOLDER', 'CIFAR_URL', 'CIFAR_MD5', 'TRAIN_BATCHES', 'TEST_BATCH',
-           'META', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'load_cifar', 'download_cifar', 'data_folder',
-           'load_data', 'check_images', 'train_transform', 'test_transform', 'CIFARDataset', 'stratified_split',
-           'EpochSampler', 'data_sha256', 'is_official', 'describe_data', 'CIFARDataModule']
+           'META', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'load_cifar', 'download_cifar', 'data_sha256',
+           'data_folder', 'load_data', 'check_images', 'train_transform', 'test_transform', 'CIFARDataset',
+           'stratified_split', 'EpochSampler', 'is_official', 'describe_data', 'CIFARDataModule']
 
 # %% ../nbs/01_data.ipynb #15854349
 import os
 
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # or importing albumentations asks the network for a newer one
 
-# %% ../nbs/01_data.ipynb #24d47aec
+# %% ../nbs/01_data.ipynb #bfe44ddb
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Iterator, NamedTuple
 import hashlib
 import pickletools
 import tempfile
+import warnings
 
 from albumentations.pytorch import ToTensorV2
 from matplotlib.figure import Figure
@@ -36,9 +37,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .shapes import SHAPE_CLASSES, Shapes, write_shapes
+from .shapes import SHAPE_CLASSES, SHAPES_SHA256, Shapes, write_shapes
 
-# %% ../nbs/01_data.ipynb #e986c729
+# %% ../nbs/01_data.ipynb #852368c2
+class _Refused(ValueError): "What a pickle asks for and doesn't get."
+
 @dataclass(frozen=True)
 class _Global:
     "What a pickle names. It stands on the stack as a name and nothing more."
@@ -60,57 +63,58 @@ def _text(value: str | bytes) -> str:  # the same as text
 
 def _encode(text: str, encoding: str = 'latin1') -> bytes:
     "`_codecs.encode`, by which Python 3 writes bytes in protocol 2. Raises ValueError for another encoding."
-    if _text(encoding) not in ('latin1', 'latin-1'): raise ValueError('bytes encoded otherwise than by latin1')
+    if not isinstance(text, str): raise TypeError('bytes made of something that is not a text')
+    if _text(encoding) not in ('latin1', 'latin-1'): raise _Refused('bytes encoded otherwise than by latin1')
     return text.encode('latin-1')
 
 def _reconstruct(kind: _Global, shape: tuple, code: bytes) -> np.ndarray:
     "The empty array that a later BUILD fills. Raises ValueError for anything but a plain array."
-    if kind != _Global('numpy.ndarray'): raise ValueError('an array that is not a plain numpy.ndarray')
+    if not isinstance(kind, _Global) or kind.name != 'numpy.ndarray': raise _Refused('an array that is not a plain numpy.ndarray')
     return np.empty(0, np.uint8)
 
 def _dtype(code: str | bytes, align: bool = False, copy: bool = False) -> _DType:
     "The dtype `code`. Raises ValueError unless it is one of plain numbers."
-    if _text(code) not in _NUMBERS: raise ValueError(f'an array of dtype {_text(code)[:20]!r}; allowed are {" ".join(sorted(_NUMBERS))}')
+    if _text(code) not in _NUMBERS: raise _Refused(f'an array of dtype {_text(code)[:20]!r}; allowed are {" ".join(sorted(_NUMBERS))}')
     return _DType(_text(code))
 
 def _sized(dtype: _DType, shape: tuple, n_bytes: int) -> np.dtype:
     "The numpy dtype, once `shape` of it has been found to need exactly `n_bytes`. Raises ValueError or TypeError."
     if not isinstance(dtype, _DType) or not isinstance(shape, tuple): raise TypeError('an array without dtype or shape')
-    if len(shape) > 4 or not all(type(side) is int and 0 <= side <= n_bytes for side in shape):
-        raise ValueError('an array whose shape its bytes cannot fill')
+    if len(shape) > 4 or not all(type(side) is int and 0 <= side < 2**31 for side in shape):
+        raise _Refused('an array whose shape is not up to four sides from 0 to 2³¹ − 1')
     found = np.dtype(dtype.code).newbyteorder(dtype.order)
     needed = found.itemsize
     for side in shape: needed *= side
-    if needed != n_bytes: raise ValueError(f'an array of shape {shape} and dtype {found} with {n_bytes} bytes, not {needed}')
+    if needed != n_bytes: raise _Refused(f'an array of shape {shape} and dtype {found} with {n_bytes} bytes, not {needed}')
     return found
 
 def _frombuffer(buffer: bytes, dtype: _DType, shape: tuple, order: str) -> np.ndarray:
     "The array that protocol 5 writes. Raises ValueError or TypeError."
     if not isinstance(buffer, bytes): raise TypeError('an array without bytes')
-    if order not in ('C', 'F'): raise ValueError('an array in an order other than C or F')
+    if _text(order) not in ('C', 'F'): raise _Refused('an array in an order other than C or F')
     return np.frombuffer(buffer, _sized(dtype, shape, len(buffer))).reshape(shape, order=order).copy(order=order)
 
 _ADMITTED = {'numpy.ndarray': None, 'numpy.dtype': _dtype, '_codecs.encode': _encode,
              **{f'numpy.{core}.multiarray._reconstruct': _reconstruct for core in ('core', '_core')},
              **{f'numpy.{core}.numeric._frombuffer': _frombuffer for core in ('core', '_core')}}
 
-# %% ../nbs/01_data.ipynb #0e624c5a
+# %% ../nbs/01_data.ipynb #6f05ce7f
 class _Reader:
     "A pickle machine that knows numbers, texts, bytes, lists, tuples, dicts and numpy's arrays, and has no way to call anything else."
     max_opcodes = 1_000_000
 
     def __init__(self, raw: bytes):
-        self.raw, self.stack, self.below, self.memo = raw, [], [], {}
+        self.raw, self.position, self.stack, self.below, self.memo = raw, 0, [], [], {}
         self.bytes_left = 4*len(raw)  # honest pickles make each byte at most twice
 
     def read(self) -> object:
         "What the pickle holds. Raises ValueError, IndexError, KeyError or TypeError where it is damaged or asks for more."
-        for n, (opcode, arg, position) in enumerate(pickletools.genops(self.raw)):
+        for n, (opcode, arg, self.position) in enumerate(pickletools.genops(self.raw)):
             if opcode.name == 'STOP': return self.stack.pop()
-            if n > self.max_opcodes: raise ValueError(f'more than {self.max_opcodes:,} opcodes')
+            if n > self.max_opcodes: raise _Refused(f'more than {self.max_opcodes:,} opcodes')
             if opcode.name in _PUSH: self.stack.append(_PUSH[opcode.name](arg))
             elif opcode.name in _ACT: _ACT[opcode.name](self, arg)
-            else: raise ValueError(f'it asks for the opcode {opcode.name} (byte {position}), which no array needs')
+            else: raise _Refused(f'it asks for the opcode {opcode.name} (byte {self.position}), which no array needs')
 
     def push(self, item: object) -> None: self.stack.append(item)
 
@@ -134,12 +138,12 @@ class _Reader:
 
     def find(self, module: str, name: str) -> None:
         asked = f'{_text(module)}.{_text(name)}'
-        if asked not in _ADMITTED: raise ValueError(f'it asks for {asked[:80]!r}, and nothing but numpy\'s array reconstruction is admitted')
+        if asked not in _ADMITTED: raise _Refused(f'it asks for {asked[:80]!r}, and nothing but numpy\'s array reconstruction is admitted')
         self.stack.append(_Global(asked))
 
     def spend(self, made: object) -> object:
         self.bytes_left -= made.nbytes if isinstance(made, np.ndarray) else len(made) if isinstance(made, bytes) else 0
-        if self.bytes_left < 0: raise ValueError('it makes more bytes than the file holds')
+        if self.bytes_left < 0: raise _Refused('it makes more bytes than the file holds')
         return made
 
     def reduce(self) -> None:
@@ -157,8 +161,8 @@ class _Reader:
 def _order_bytes(dtype: _DType, state: tuple) -> None:
     "Sets the byte order; raises ValueError for a dtype with fields, a sub-array or metadata."
     _, order, subdtype, names, fields, *rest = state
-    if _text(order) not in ('<', '>', '|', '='): raise ValueError('a dtype with an unknown byte order')
-    if any(part is not None for part in (subdtype, names, fields)) or len(rest) != 3: raise ValueError('a dtype with fields')
+    if _text(order) not in ('<', '>', '|', '='): raise _Refused('a dtype with an unknown byte order')
+    if any(part is not None for part in (subdtype, names, fields)) or len(rest) != 3: raise _Refused('a dtype with fields')
     dtype.order = _text(order)
 
 def _fill(array: np.ndarray, state: tuple) -> None:
@@ -187,7 +191,7 @@ _ACT = {'PROTO': _ignore, 'FRAME': _ignore, 'MARK': lambda r, _: r.mark(),
         'GLOBAL': lambda r, arg: r.find(*arg.rsplit(' ', 1)), 'STACK_GLOBAL': lambda r, _: r.find(*r.take(2)),
         'REDUCE': lambda r, _: r.reduce(), 'BUILD': lambda r, _: r.build()}
 
-# %% ../nbs/01_data.ipynb #1f688a12
+# %% ../nbs/01_data.ipynb #24349398
 def _file_bytes(path: Path, max_bytes: int = 2**29) -> bytes:
     "What the file holds. Raises FileNotFoundError, IsADirectoryError, or ValueError for anything that can't be a batch."
     if path.is_dir(): raise IsADirectoryError(f'{path} is a folder where a batch file should be; replace it by the file of that name from the archive')
@@ -204,11 +208,15 @@ def unpickle(
     "The dict in a file of CIFAR-10's python version, without executing anything from it. Raises ValueError naming the file and what is wrong."
     path = Path(path)
     raw = _file_bytes(path)
-    try: found = _Reader(raw).read()
+    reader = _Reader(raw)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # pickletools warns of odd escapes
+            found = reader.read()
+    except _Refused as e: raise ValueError(f'{path} is refused: {e}. Replace it by the original; {_GET}') from None
     except (ValueError, IndexError, KeyError, TypeError) as e:
-        what = str(e) if type(e) is ValueError else f'damaged ({type(e).__name__}: {e})'
-        raise ValueError(f'{path} is not a CIFAR-10 file: {what}. Replace it by the original; {_GET}') from None
-    if type(found) is not dict: raise ValueError(f'{path} holds a {type(found).__name__}, and a CIFAR-10 file holds a dict; {_GET}')
+        raise ValueError(f'{path} is cut short or damaged near byte {reader.position} of {len(raw)} ({e}). Replace it by the original; {_GET}') from None
+    if type(found) is not dict: raise ValueError(f'{path} holds something of type {type(found).__name__}, and a CIFAR-10 file holds a dict; {_GET}')
     return found
 
 # %% ../nbs/01_data.ipynb #a7fad7f7
@@ -244,7 +252,7 @@ def find_data(
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}{origin}; {_GET}, or set FISHNET_DATA to the folder you have')
     return folder
 
-# %% ../nbs/01_data.ipynb #072a5c9d
+# %% ../nbs/01_data.ipynb #d4a42449
 def _check_files(folder: Path) -> None:
     "Raises FileNotFoundError naming the batches that `folder` lacks."
     wanted = (*TRAIN_BATCHES, TEST_BATCH, META)
@@ -254,13 +262,13 @@ def _check_files(folder: Path) -> None:
 def _read_classes(path: Path) -> tuple[str, ...]:
     "The class names in `batches.meta`. Raises ValueError."
     names = unpickle(path).get(b'label_names')
-    if not isinstance(names, list) or not names or not all(isinstance(name, (bytes, str)) and 0 < len(name) <= 100 for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(name, (bytes, str)) and _text(name).isprintable() and 0 < len(name) <= 100 for name in names):
         raise ValueError(f"{path} has no class names: b'label_names' must be a list of texts; {_GET}")
     return tuple(_text(name) for name in names)
 
 def _check_images(path: Path, data: object) -> np.ndarray:  # uint8[n, 3, 32, 32]
     "The images of a batch. Raises ValueError when they aren't n ≥ 1 rows of 3,072 bytes."
-    if not isinstance(data, np.ndarray): raise ValueError(f"{path}: b'data' is {'missing' if data is None else 'a ' + type(data).__name__}, and must be a uint8 array of shape (n, 3072); {_GET}")
+    if not isinstance(data, np.ndarray): raise ValueError(f"{path}: b'data' is {'missing' if data is None else 'of type ' + type(data).__name__}, and must be a uint8 array of shape (n, 3072); {_GET}")
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or len(data) == 0:
         raise ValueError(f"{path}: b'data' is {data.dtype} of shape {data.shape}, and must be uint8 of shape (n, 3072) with n ≥ 1; {_GET}")
     return data.reshape(-1, 3, 32, 32)
@@ -268,11 +276,11 @@ def _check_images(path: Path, data: object) -> np.ndarray:  # uint8[n, 3, 32, 32
 def _check_labels(path: Path, labels: object, n: int, n_classes: int) -> np.ndarray:  # int64[n]
     "The labels of a batch. Raises ValueError when they aren't n integers from 0 to n_classes − 1."
     if isinstance(labels, np.ndarray): labels = labels.tolist()
-    if not isinstance(labels, list): raise ValueError(f"{path}: b'labels' is {'missing' if labels is None else 'a ' + type(labels).__name__}, and must be a list of integers; {_GET}")
+    if not isinstance(labels, list): raise ValueError(f"{path}: b'labels' is {'missing' if labels is None else 'of type ' + type(labels).__name__}, and must be a list of integers; {_GET}")
     if len(labels) != n: raise ValueError(f'{path}: {len(labels)} labels for {n} images, and each image needs one; {_GET}')
     wrong = next((i for i, label in enumerate(labels) if type(label) is not int or not 0 <= label < n_classes), None)
     if wrong is not None:
-        given = f'{labels[wrong]}' if type(labels[wrong]) is int and abs(labels[wrong]) < 2**63 else f'a {type(labels[wrong]).__name__}'
+        given = f'{labels[wrong]}' if type(labels[wrong]) is int and abs(labels[wrong]) < 2**63 else f'of type {type(labels[wrong]).__name__}'
         raise ValueError(f'{path}: label {wrong} is {given}, and must be an integer from 0 to {n_classes - 1}; {_GET}')
     return np.array(labels, np.int64)
 
@@ -310,7 +318,14 @@ def download_cifar(
         os.replace(Path(scratch)/CIFAR_FOLDER, folder)
     return folder
 
-# %% ../nbs/01_data.ipynb #4bf3b704
+# %% ../nbs/01_data.ipynb #497e19f7
+def data_sha256(cifar: CIFAR) -> str:
+    "SHA-256 over the images and labels, training before test."
+    found = hashlib.sha256()
+    for part in cifar[:4]: found.update(np.ascontiguousarray(part))
+    return found.hexdigest()
+
+# %% ../nbs/01_data.ipynb #9a175c22
 def data_folder(
     data: str | Path = 'cifar10',  # 'cifar10', 'shapes', or a folder in CIFAR-10's layout
 ) -> Path:
@@ -322,15 +337,20 @@ def load_data(
     data: str | Path = 'cifar10',  # 'cifar10', 'shapes', or a folder in CIFAR-10's layout
 ) -> CIFAR:
     "That dataset; the shapes are written to `data/shapes` first when they aren't there. Raises as `load_cifar`."
-    if data == 'shapes' and not data_folder(data).exists(): write_shapes(data_folder(data))
-    return load_cifar(data_folder(data))
+    folder = data_folder(data)
+    if data == 'shapes' and not folder.exists(): write_shapes(folder)
+    found = load_cifar(folder)
+    if data == 'shapes' and data_sha256(found) != SHAPES_SHA256:
+        raise ValueError(f'{folder} holds other shapes than this version draws; remove it and it is written anew, or give its path to use it as it is')
+    return found
 
-# %% ../nbs/01_data.ipynb #375e31b1
+# %% ../nbs/01_data.ipynb #088ba315
 def check_images(
     path_or_images: str | Path | CIFAR | Shapes | None = None,  # a folder or dataset name, or the images themselves; None: CIFAR-10
     n: int = 64,  # images to show
 ) -> Figure:
     "The first `n` training images as a grid, each with the name of its class."
+    if n < 1: raise ValueError(f'{n} images to show; give at least 1')
     images, labels, classes = _named(path_or_images)
     columns, pad = 8, 14
     grid = make_grid(torch.from_numpy(images[:n]), nrow=columns, padding=pad, pad_value=255).permute(1, 2, 0)
@@ -445,15 +465,9 @@ def _auto_workers() -> int:
     spare = cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1
     return min(8, spare) if spare > 1 else 0
 
-# %% ../nbs/01_data.ipynb #884972f0
+# %% ../nbs/01_data.ipynb #052e09d1
 _KNOWN = {'314fe431e8085c7b42384e841966796ae8aefa151af292cd51ba24a9a78517f0': 'CIFAR-10 (bit-exact subset)',
           '2d0a46891353320dd80ba108f4d094a905fa72f2ae5aa131817e3e0caba54664': 'CIFAR-10 (JPEG re-encoding)'}
-
-def data_sha256(cifar: CIFAR) -> str:
-    "SHA-256 over the images and labels, training before test."
-    found = hashlib.sha256()
-    for part in cifar[:4]: found.update(np.ascontiguousarray(part))
-    return found.hexdigest()
 
 def is_official(folder: Path) -> bool:
     "Whether the batches in `folder` are, byte for byte, those of the official download."
@@ -465,7 +479,7 @@ def describe_data(cifar: CIFAR, folder: Path) -> str:
     if is_official(folder): return 'CIFAR-10 (official)'
     return _KNOWN.get(data_sha256(cifar), 'CIFAR-10 layout, own copy')
 
-# %% ../nbs/01_data.ipynb #58cf9ded
+# %% ../nbs/01_data.ipynb #fd990cbe
 class CIFARDataModule(LightningDataModule):
     "Batches of CIFAR-10, of shapes, or of any folder in CIFAR-10's layout."
     def __init__(
@@ -516,7 +530,10 @@ class CIFARDataModule(LightningDataModule):
         "Shuffled from (seed, epoch); Lightning tells the sampler the epoch."
         rows = self.split[0]
         transform = train_transform() if self.hparams.augment else test_transform()
-        return self._loader(CIFARDataset(self.cifar.train_images[rows], self.cifar.train_labels[rows], transform, self.hparams.seed), training=True)
+        loader = self._loader(CIFARDataset(self.cifar.train_images[rows], self.cifar.train_labels[rows], transform, self.hparams.seed), training=True)
+        # a resumed run starts to iterate before Lightning tells the sampler the epoch
+        if self.trainer is not None: loader.sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        return loader
 
     def val_dataloader(self) -> DataLoader | list:
         "In order and complete; nothing when `val_fraction` is 0."
@@ -526,8 +543,6 @@ class CIFARDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         "In order and complete."
         return self._loader(CIFARDataset(self.cifar.test_images, self.cifar.test_labels))
-
-    predict_dataloader = test_dataloader
 
     def data_info(self) -> dict:  # name, description, sha256, n_train, n_val, n_test
         "What a run record says about the data."
