@@ -1,0 +1,58 @@
+# make run    the main job, start to end: data, model, training, test, results
+# make test   every check: notebooks, tests, drift, wheel, site
+# make lab    JupyterLab on the first notebook
+# make docs   the site, served on localhost
+# make prepare  export the library, clean the notebooks, write README.md and requirements.lock: before a commit
+# Each sets up .venv by itself. PYTHON names another interpreter, PORT another port: make run PYTHON=python3.12
+
+PYTHON ?= python3
+PORT   ?= 4200
+BIN    := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONWARNINGS ?= ignore:::debugpy
+
+.PHONY: run test lab docs site prepare check clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \?//p; /^$$/q' Makefile
+
+# .venv is complete when this stamp is there; an interrupted installation leaves none, and is done again
+.venv/.installed: requirements.lock settings.ini setup.py
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: $$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; name one as in: make run PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+run: .venv/.installed
+	@rm -rf results/run
+	@if fishnet-nb data; then data=cifar10; else data=shapes; echo "CIFAR-10 is not in data/, so the embedded synthetic shapes are used."; fishnet-nb data --shapes || exit $$?; fi; \
+	fishnet-nb summary fishnet73 --widths 16 32 64 128 && \
+	fishnet-nb fit quick --name run --data.data=$$data && \
+	fishnet-nb test results/run
+
+test: .venv/.installed
+	nbdev_test --n_workers 2 --timing
+	python -m pytest -q tests
+
+lab: .venv/.installed
+	jupyter lab nbs/index.ipynb
+
+site: .venv/.installed
+	nbdev_proc_nbs
+	smalldocs render --quiet _proc
+
+docs: site
+	@echo "The site is at http://127.0.0.1:$(PORT); stop it by Ctrl-C."
+	@python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
+
+prepare: .venv/.installed
+	nbdev_export
+	nbdev_clean
+	python tests/project.py
+	sed -n '/^\(dev_\)\?requirements = /s/[^=]*= //p' settings.ini | tr ' ' '\n' | uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-annotate - -o requirements.lock
+
+clean:
+	rm -rf _proc _docs build dist artifacts results/run

@@ -1,0 +1,125 @@
+"Whole runs: killed and resumed, on two ranks, stopped, and read from hostile checkpoints."
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fishnet_nb.training import fit, load_classifier, read_metrics, read_record
+
+# a very thin FishNet on a few synthetic shapes
+TINY = ['--data.data=shapes', '--data.batch_size=32', '--model.arch_args.widths=[8, 16]', '--model.arch_args.tail=[1, 1]',
+        '--trainer.precision=32-true', '--trainer.limit_val_batches=2', '--trainer.enable_progress_bar=false']
+FIGURES = ('epoch', 'lr', 'train_loss', 'train_f1', 'val_loss', 'val_f1', 'val_top1_error', 'val_top5_error')
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory) -> Path:
+    "A folder with the shapes in data/, where the runs of this module run."
+    folder = tmp_path_factory.mktemp('training')
+    (folder/'data').mkdir()
+    return folder
+
+
+def start(work: Path, *args: str) -> subprocess.Popen:
+    "`fishnet-nb fit quick` with a tiny network in a process of its own."
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick', *args], cwd=work, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def figures(folder: Path) -> list[tuple]: return [tuple(row[key] for key in FIGURES) for row in read_metrics(folder/'metrics.csv')]
+
+
+def wait_for_epochs(process: subprocess.Popen, folder: Path, n: int) -> None:
+    "Until `n` epochs are written, or the process has ended."
+    while process.poll() is None and len(read_metrics(folder/'metrics.csv')) < n: time.sleep(.05)
+
+
+def test_killed_and_resumed_run_equals_one_that_was_not(work):
+    args = [*TINY, '--trainer.max_epochs=4', '--trainer.limit_train_batches=20']
+    finish(start(work, '--name=straight', *args))
+    for name, stop in ('killed', signal.SIGKILL), ('terminated', signal.SIGTERM), ('interrupted', signal.SIGINT):
+        process = start(work, f'--name={name}', *args)
+        wait_for_epochs(process, work/'results'/name, 2)
+        process.send_signal(stop)
+        process.communicate(timeout=60)
+        assert process.returncode != 0 and len(figures(work/'results'/name)) < 4
+        finish(start(work, f'--name={name}', '--resume'))
+        assert figures(work/'results'/name) == figures(work/'results'/'straight')
+        assert read_record(work/'results'/name)['test'] == read_record(work/'results'/'straight')['test']
+
+
+def test_two_ranks_train_and_count_each_image_once(work):
+    args = [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=3', '--trainer.devices=2', '--trainer.accelerator=cpu', '--trainer.strategy=ddp']
+    finish(start(work, '--name=ranks', *args))
+    record = read_record(work/'results'/'ranks')
+    assert record['test']['n'] == record['data']['n_test'] == 1000
+    assert record['device'].startswith('2 × ')
+    assert not (work/'results'/'ranks-2').exists()
+
+
+def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
+    monkeypatch.chdir(work)
+    with pytest.raises(FloatingPointError, match='no longer finite.*lower the learning rate'):
+        fit('quick', [*TINY, '--trainer.max_epochs=3', '--trainer.limit_train_batches=5', '--model.lr=1e30', '--model.arch_args.final_norm=false'], name='nan')
+    assert 'not' in (status := read_record('nan')['status']) or 'no longer' in status
+    assert not (work/'results'/'nan'/'checkpoints'/'best.ckpt').exists()
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--trainer.max_epoch=3'], 'max_epoch'), (['--model.lr=fast'], 'lr'), (['--model.optimizer=lion'], "allowed are 'adam', 'sgd'"),
+    (['--model.arch=fishnet98'], "did you mean 'fishnet99'"), (['--data.val_fraction=0'], 'val_fraction')])
+def test_wrong_argument_is_named(work, monkeypatch, args, message):
+    monkeypatch.chdir(work)
+    with pytest.raises(ValueError, match=message): fit('quick', [*TINY, *args], name='wrong')
+
+
+def test_a_name_is_not_taken_twice(work):
+    args = [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=1']
+    for _ in range(2): finish(start(work, '--name=twice', *args))
+    assert json.loads((work/'results'/'twice-2'/'record.json').read_text())['name'] == 'twice-2'
+
+
+class Runs:
+    "What a hostile checkpoint holds."
+    def __init__(self, target: Path): self.target = target
+    def __reduce__(self): return os.system, (f'touch {self.target}',)
+
+
+def test_hostile_checkpoints_are_refused_and_execute_nothing(tmp_path, work):
+    trap, path = tmp_path/'executed', tmp_path/'bad.ckpt'
+    good = torch.load(next(work.glob('results/*/checkpoints/best.ckpt')), weights_only=True)
+    assert '_instantiator' not in good['hyper_parameters']
+    hostile = [{**good, 'state_dict': Runs(trap)}, Runs(trap), {**good, 'hyper_parameters': {**good['hyper_parameters'], '_instantiator': 'os.system'}},
+               {**good, 'hyper_parameters': {**good['hyper_parameters'], 'arch_args': Runs(trap)}}, {**good, 'state_dict': {}}, [], {}]
+    for content in hostile:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match='bad.ckpt'): load_classifier(path)
+    for raw in (b'', b'no checkpoint', pickle.dumps(Runs(trap)), path.read_bytes()[:100]):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match='bad.ckpt'): load_classifier(path)
+    assert not trap.exists()
+
+
+def test_full_disk_is_said_and_leaves_the_checkpoint(tmp_path, monkeypatch):
+    from fishnet_nb.training import AtomicCheckpointIO
+    io, path = AtomicCheckpointIO(), tmp_path/'last.ckpt'
+    io.save_checkpoint({'state_dict': {'w': torch.ones(3)}}, path)
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError, match='No space left on device.*previous checkpoint is intact'): io.save_checkpoint({}, path)
+    assert torch.load(path)['state_dict']['w'].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ['last.ckpt']
