@@ -193,7 +193,7 @@ _ACT = {**dict.fromkeys(('PROTO', 'FRAME'), lambda r, _: None), 'MARK': lambda r
         'GLOBAL': lambda r, name: r.find(*name.rsplit(' ', 1)), 'STACK_GLOBAL': lambda r, _: r.find(*r.take(2)),
         'REDUCE': lambda r, _: r.reduce(), 'BUILD': lambda r, _: r.build()}
 
-# %% ../nbs/01_data.ipynb #daea0573
+# %% ../nbs/01_data.ipynb #af37bab9
 _GET = 'put the python version of CIFAR-10 there, or fetch it by `fishnet-nb data --download`'
 
 def _file_bytes(path: Path, max_bytes: int = 2**29) -> bytes:
@@ -206,7 +206,7 @@ def _file_bytes(path: Path, max_bytes: int = 2**29) -> bytes:
 
 def unpickle(
     path: str | Path,  # a batch, or `batches.meta`
-) -> dict:  # keys as in the file: bytes in the official files
+) -> dict:  # keys are bytes
     "The dict in a file of CIFAR-10's python version. Nothing in the file is executed. Raises OSError, or ValueError for any other content."
     path = Path(path)
     reader = _Reader(_file_bytes(path))
@@ -219,7 +219,7 @@ def unpickle(
         what = f'refused: {e}' if isinstance(e, _Refused) else f'cut short or damaged near byte {reader.position} of {len(reader.raw)} ({e})'
         raise ValueError(f'{path} is {where}{what}; {_GET}') from None
     if type(found) is not dict: raise ValueError(f'{path} holds a value of type {type(found).__name__}, and should hold a dict; {_GET}')
-    return found
+    return {key.encode('utf-8', 'backslashreplace') if isinstance(key, str) else key: value for key, value in found.items()}
 
 # %% ../nbs/01_data.ipynb #c634fa3a
 CIFAR_MEAN, CIFAR_STD = (.4914, .4822, .4465), (.2470, .2435, .2616)  # of the 50,000 training images; R, G, B from 0 to 1
@@ -484,19 +484,21 @@ class EpochSampler(DistributedSampler):
         order = _shuffled(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
         return ((self.epoch, int(i)) for i in order[self.rank::self.num_replicas][:len(self)])
 
-# %% ../nbs/01_data.ipynb #ed95700f
+# %% ../nbs/01_data.ipynb #da10a060
 def _even_batch_size(n: int, batch_size: int, ranks: int) -> int:
     "The largest size up to `batch_size` by which all ranks have the same number of batches when some have an image more."
     if n % ranks == 0: return batch_size
     return next((size for size in range(batch_size, 1, -1) if n // ranks % size), batch_size)
 
-def _auto_workers() -> int:
-    "Loader processes for one training process: a core stays free, and where that leaves only one, training loads by itself."
+def _auto_workers(
+    processes: int,  # that train on this machine
+) -> int:
+    "Loader processes for each of them: one core stays free, and where that leaves only one more, training loads by itself."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    spare = cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1
+    spare = cores // processes - 1
     return min(8, spare) if spare > 1 else 0
 
-# %% ../nbs/01_data.ipynb #65f2a203
+# %% ../nbs/01_data.ipynb #8672586d
 class CIFARDataModule(LightningDataModule):
     "Batches `dict(img=float32[B, 3, 32, 32], label=int64[B])` of CIFAR-10, of shapes, or of any folder in CIFAR-10's layout."
     def __init__(
@@ -545,7 +547,8 @@ class CIFARDataModule(LightningDataModule):
         "A loader that gives this rank its share."
         sampler = EpochSampler(len(dataset), self.hparams.batch_size, training, self.hparams.seed)
         size = self.hparams.batch_size if training else _even_batch_size(len(dataset), self.hparams.batch_size, sampler.num_replicas)
-        workers = _auto_workers() if self.hparams.num_workers is None else self.hparams.num_workers
+        workers = self.hparams.num_workers
+        if workers is None: workers = _auto_workers(self.trainer.num_devices if self.trainer else 1)
         return DataLoader(dataset, size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
     def _part(self, rows: np.ndarray, **how) -> CIFARDataset:

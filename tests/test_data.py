@@ -26,6 +26,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import fishnet_nb.data as data
+import albumentations as A  # after fishnet_nb.data, which keeps it offline
 from fishnet_nb.data import CIFAR_FOLDER, CIFARDataModule, CIFARDataset, EpochSampler, find_data, load_cifar, load_data, train_transform, unpickle
 from fishnet_nb.shapes import SHAPE_CLASSES, make_shapes, write_shapes
 
@@ -69,7 +70,7 @@ def test_reads_what_any_python_writes(tmp_path, protocol):
             if protocol == 2 and given.size == 0: continue  # written as a call of bytes(), which isn't admitted
             found = unpickle(put(tmp_path/'batch', pickle.dumps({b'data': given, b'labels': [1, 255, 70000, -1, 2**40], 'x': [(), (1, None), True, 2.5]}, protocol)))
             np.testing.assert_array_equal(found[b'data'], given)
-            assert found[b'labels'] == [1, 255, 70000, -1, 2**40] and found['x'] == [(), (1, None), True, 2.5]
+            assert found[b'labels'] == [1, 255, 70000, -1, 2**40] and found[b'x'] == [(), (1, None), True, 2.5]
 
 
 def test_reads_python_2_files_as_pickle_does(tmp_path):
@@ -247,6 +248,13 @@ def test_missing_entries(folder):
 def test_wrong_class_names(folder, names):
     put(folder/'batches.meta', pickle.dumps({b'label_names': names}, 4))
     with breaks(ValueError, 'batches.meta.*label_names'): load_cifar(folder)
+
+
+def test_text_keys_are_as_good_as_bytes(folder):
+    before = load_cifar(folder)
+    for name in (*BATCHES, 'batches.meta'):
+        put(folder/name, pickle.dumps({key.decode(): value for key, value in pickle.loads((folder/name).read_bytes()).items()}))
+    np.testing.assert_array_equal(load_cifar(folder).train_images, before.train_images)
 
 
 def test_class_names_bound_the_labels(folder):
@@ -432,6 +440,15 @@ def test_an_image_depends_on_seed_epoch_and_index_alone():
         assert torch.equal(forwards[at], two[at]['img'])
     assert not torch.equal(forwards[0, 1], forwards[1, 1]) and not torch.equal(forwards[0, 1], make(2)[0, 1]['img'])
     assert torch.equal(one[3]['img'], forwards[0, 3])
+
+
+def test_transforms_draw_independently():
+    "Seeded per image, two coins must not always fall alike."
+    image = np.zeros((1, 3, 32, 32), np.uint8); image[:, :, 0, 0] = 255
+    dataset = CIFARDataset(image, np.zeros(1, np.int64), A.Compose([A.HorizontalFlip(p=.5), A.VerticalFlip(p=.5), *data._to_tensor()]), seed=0)
+    corners = [int(dataset[epoch, 0]['img'][0].argmax()) for epoch in range(200)]
+    counts = [corners.count(at) for at in (0, 31, 31*32, 32*32 - 1)]
+    assert sum(counts) == 200 and min(counts) > 30
 
 
 @pytest.mark.parametrize('settings', [dict(batch_size=0), dict(val_fraction=1.), dict(val_fraction=-.1), dict(seed=-1), dict(num_workers=-1)])
