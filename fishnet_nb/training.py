@@ -376,7 +376,7 @@ def _has_bar() -> bool:
     "Whether a progress bar can be seen: in a terminal or a notebook."
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
-# %% ../nbs/07_training.ipynb #98e4192e
+# %% ../nbs/07_training.ipynb #a0c9851d
 def _parse(
     config: Path,  # a recipe, or the config.yaml of a run
     args: ArgsType,  # what is changed in it
@@ -387,7 +387,7 @@ def _parse(
                     num_sanity_val_steps=0)
     try: return RecipeCLI(Classifier, CIFARDataModule, args=['--config', str(config), *args], run=False, save_config_callback=None,
                           trainer_defaults=defaults, seed_everything_default=42, auto_configure_optimizers=False,
-                          load_from_checkpoint_support=False, parser_kwargs=dict(exit_on_error=False))
+                          load_from_checkpoint_support=False, parser_kwargs=dict(exit_on_error=False, allow_abbrev=False))
     except ArgumentError as error: raise ValueError(str(error)) from None
 
 def _callbacks(folder: Path, recorder: RunRecorder) -> list[Callback]:
