@@ -5,233 +5,404 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/cli.ipynb #1d19c671
+# %% ../nbs/cli.ipynb #7878b91e
 import argparse
+import json
+import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/cli.ipynb #5a023e11
+# %% ../nbs/cli.ipynb #7d8e6704
+def _near(given: str, known: Sequence[str]) -> str:
+    "`; did you mean …?` if something known is near to what was given, or nothing."
+    near = get_close_matches(given, known, n=1)
+    return f'; did you mean {near[0]}?' if near else ''
+
 class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, and the nearest command to a mistyped one."
-    def error(self, message: str) -> None:
-        if 'invalid choice' in message and self.commands:
-            given = message.split("'")[1]
-            near = get_close_matches(given, self.commands, n=1)
-            message = f'there is no command {given!r}' + (f'; did you mean {near[0]!r}?' if near else f': there are {", ".join(self.commands)}')
-        self.exit(2, f'error: {message} (see {self.prog} --help)\n')
+    def error(self, message: str) -> None: self.exit(2, f'error: {_one_line(message)} (see {self.prog} --help)\n')
 
-    @property
-    def commands(self) -> list[str]:
-        "The names of the commands below this parser."
-        return [name for action in self._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices]
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        known = list(action.choices or ())
+        if known and value not in known: self.error(f'there is no command {value!r}{_near(value, known) or ": there are " + ", ".join(known)}')
 
 def _add(
     commands: argparse._SubParsersAction,  # where the command goes
     run: Callable[[argparse.Namespace], int],  # what it does; its docstring is the help
-    example: str,  # of its use
+    *examples: str,  # of its use
 ) -> _Parser:
     "A new command, named after its function."
-    name = run.__name__.removeprefix('_run_')
-    parser = commands.add_parser(name, help=run.__doc__.split('.')[0], description=run.__doc__, epilog=f'example:\n  {example}',
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(run=run)
+    about = ' '.join(run.__doc__.split())
+    parser = commands.add_parser(run.__name__.removeprefix('_run_'), help=about.split('.')[0].split(';')[0], description=about, allow_abbrev=False,
+                                 epilog='examples:\n' + '\n'.join(f'  {example}' for example in examples), formatter_class=_Help)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
-# %% ../nbs/cli.ipynb #90a25f94
+class _Help(argparse.RawDescriptionHelpFormatter):
+    "Wraps the description and leaves the examples as they are."
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if '\n' in text: return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+# %% ../nbs/cli.ipynb #a1825144
+def _table(
+    rows: Sequence[Sequence[object]],  # the first one is the head
+    left: int = 1,  # columns to align to the left; the others go to the right
+) -> str:
+    "The rows in aligned columns."
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    def line(row): return '  '.join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+    return '\n'.join(map(line, rows))
+
+# %% ../nbs/cli.ipynb #70648449
 def _run_fit(args: argparse.Namespace) -> int:
-    "Train by a recipe, test, and leave a record in results/. Anything in the recipe can be changed, as by --trainer.max_epochs=3 or --model.lr=0.1."
-    from fishnet_nb.training import fit, read_record
-    try: folder = fit(args.recipe, args.changes, args.name, args.resume)
-    except KeyboardInterrupt as error:
-        name = args.name or Path(args.recipe).stem
-        print(f'\n{error or "stopped"}; go on by: fishnet-nb fit {args.recipe} --name {name} --resume', file=sys.stderr)
-        return 130
-    test = read_record(folder)['test']
-    print(f'top-1 error {test["top1_error"]:.1%}, top-5 error {test["top5_error"]:.1%} on {test["n"]} test images; record and checkpoints are in {folder}')
+    """Train by a recipe, test the best epoch, and leave a record in results/. Anything in the recipe can be changed: --model.… for the network and
+    its optimiser, --data.… for the images, --trainer.… for what Lightning's Trainer takes."""
+    from fishnet_nb.training import fit
+    with _resumable(args.name or Path(args.recipe).stem, args.recipe):
+        try: folder = fit(args.recipe, args.changes, args.name, args.resume)
+        except ValueError as error: raise ValueError(f'{error}{_near_change(args.changes, str(error))}') from error
+    if not int(os.environ.get('RANK', os.environ.get('LOCAL_RANK', os.environ.get('SLURM_PROCID', 0)))): print(_outcome(folder))
     return 0
 
-# %% ../nbs/cli.ipynb #cdea6ba0
+@contextmanager
+def _resumable(name: str, recipe: str) -> Iterator[None]:
+    "Says how to go on, should the run be stopped by Ctrl-C."
+    earlier = _folders(name)
+    try: yield
+    except KeyboardInterrupt as error:
+        begun = [folder for folder in _folders(name) if folder not in earlier or folder.name == name][-1:]
+        how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(begun[0].name)} --resume' if begun else 'nothing was trained yet'
+        raise KeyboardInterrupt(f'{error or "stopped"}; {how}') from None
+
+def _folders(name: str) -> list[Path]:
+    "The runs of that name that can be resumed, `name` itself and those with a number behind it, in that order."
+    found = [path.parent for path in Path('results').glob('*/config.yaml') if path.parent.name == name or
+             path.parent.name.startswith(f'{name}-') and path.parent.name[len(name) + 1:].isdecimal()]
+    return sorted(found, key=lambda folder: (len(folder.name), folder.name))
+
+def _outcome(folder: Path) -> str:
+    "The result of a finished run."
+    from fishnet_nb.training import read_record
+    test = read_record(folder)['test']
+    return (f'top-1 error {test["top1_error"]:.1%}, top-5 error {test["top5_error"]:.1%} on {test["n"]:,} test images; '
+            f'record and checkpoints are in {folder}\nNext: fishnet-nb test {folder}')
+
+def _near_change(
+    changes: Sequence[str],  # as given
+    message: str,  # of the error: it names the one that doesn't exist
+) -> str:
+    "The nearest thing that can be changed in a recipe to the one that doesn't exist."
+    import inspect
+    from pytorch_lightning import Trainer
+    from fishnet_nb.data import CIFARDataModule
+    from fishnet_nb.training import Classifier
+    if 'unrecognized' not in message: return ''
+    known = [f'--{part}.{name}' for part, made in (('model', Classifier), ('data', CIFARDataModule), ('trainer', Trainer))
+             for name in inspect.signature(made).parameters] + ['--name', '--resume', '--seed_everything']
+    wrong = [change.split('=')[0] for change in changes if change.startswith('--') and change.split('=')[0] in message]
+    return _near(wrong[0], known) if wrong else ''
+
+# %% ../nbs/cli.ipynb #4701cd19
 def _run_test(args: argparse.Namespace) -> int:
-    "Test a run's best checkpoint, or a checkpoint file. Writes the pictures history.png, confusion.png and predictions.png beside it."
+    """Test a run's best checkpoint, or a checkpoint file, on all test images. Writes the pictures history.png (of a run), confusion.png and
+    predictions.png beside it."""
     from fishnet_nb.testing import find_checkpoint, plot_confusion, plot_history, plot_predictions, test_run
-    found, module = test_run(args.run_or_checkpoint, args.data)
     path = find_checkpoint(args.run_or_checkpoint)
+    found, module = test_run(path, args.data)
     folder = path.parent.parent if path.parent.name == 'checkpoints' else path.parent
     figures = {'confusion': plot_confusion(found, module.classes), 'predictions': plot_predictions(found, module.cifar.test_images, module.classes)}
     if (folder/'metrics.csv').is_file(): figures['history'] = plot_history(folder)
-    for name, figure in figures.items(): figure.savefig(folder/f'{name}.png', dpi=120)
-    print(_compare(module.data_info()['description'], len(found.labels), found.top1_error, found.top5_error))
-    print(f'\nThe pictures {", ".join(f"{name}.png" for name in sorted(figures))} are in {folder}.\n{_next(module.data_info()["name"])}')
+    for name, figure in figures.items(): _save(figure, folder/f'{name}.png')
+    info = module.data_info()
+    print(_compare(info['description'], len(found.labels), found.top1_error, found.top5_error))
+    print(f'\nThe pictures {", ".join(f"{name}.png" for name in sorted(figures))} are in {folder}.\n{_next(info["name"])}')
     return 0
+
+def _save(figure: 'matplotlib.figure.Figure', path: Path) -> None:
+    "Write the figure beside its final name, then rename it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f'.{os.getpid()}.{path.name}')
+    try:
+        figure.savefig(scratch, dpi=120)
+        os.replace(scratch, path)
+    finally: scratch.unlink(missing_ok=True)
 
 def _compare(data: str, n: int, top1_error: float, top5_error: float) -> str:
     "The errors beside the student implementation's."
-    rows = [('', 'data', 'test images', 'top-1 error', 'top-5 error'), ('this run', data, f'{n:,}', f'{top1_error:.1%}', f'{top5_error:.1%}'),
-            ('student implementation, published', 'CIFAR-10', '10,000', '27.0%', '1.7%')]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    table = '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-    return table + ('' if data.startswith('CIFAR-10') else f'\nThese are different datasets: errors on {data} and on CIFAR-10 can\'t be compared.')
+    table = _table([('', 'data', 'test images', 'top-1 error', 'top-5 error'), ('this run', data, f'{n:,}', f'{top1_error:.1%}', f'{top5_error:.1%}'),
+                    ('student implementation, published', 'CIFAR-10', '10,000', '27.0%', '1.7%')], left=2)
+    return table + ('' if data.startswith('CIFAR-10 (') else f'\nThese are different datasets: errors on {data} and on CIFAR-10 can\'t be compared.')
 
 def _next(data: str) -> str:
     "What to do after a run."
     real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it within an hour. ' if data == 'shapes' else ''
     return f'Next: `make lab` opens the notebooks that explain all of this. {real}With a GPU, `fishnet-nb fit student` trains FishNet-99.'
 
-# %% ../nbs/cli.ipynb #33b18325
+# %% ../nbs/cli.ipynb #35adf889
 def _run_predict(args: argparse.Namespace) -> int:
-    "The three most likely classes of each image, with confidences. Images of any size are scaled to 32×32 pixels."
-    import torch
-    from fishnet_nb.data import CIFAR_CLASSES, test_transform
-    from fishnet_nb.shapes import SHAPE_CLASSES
-    from fishnet_nb.testing import trained_on
+    """The three most likely classes of each image, with confidences. Images of any size are scaled to 32×32 pixels; of those that can't be read,
+    a line each says why."""
+    from fishnet_nb.testing import class_names
     from fishnet_nb.training import load_classifier
-    classifier, transform = load_classifier(args.checkpoint), test_transform()
-    images = torch.stack([transform(image=_read_image(path))['image'] for path in args.images])
-    with torch.inference_mode(): confidences = classifier(images).softmax(1)
-    classes = {'shapes': SHAPE_CLASSES}.get(trained_on(args.checkpoint), CIFAR_CLASSES)
-    names = classes if len(classes) == confidences.shape[1] else [f'class {i}' for i in range(confidences.shape[1])]
-    width = max(len(str(path)) for path in args.images)
-    for path, row in zip(args.images, confidences):
-        top = row.topk(min(3, len(row)))
-        print(str(path).ljust(width), *(f'{names[i]} {value:.1%}'.ljust(18) for value, i in zip(top.values.tolist(), top.indices.tolist())), sep='  ')
-    return 0
+    classifier = load_classifier(args.checkpoint)
+    if classifier.hparams.in_channels != 3: raise ValueError(f'{args.checkpoint} takes images of {classifier.hparams.in_channels} channels, and 3 are needed here')
+    names, rows, wrong = class_names(args.checkpoint), [('image', '1st', '2nd', '3rd')], []
+    for path in args.images:
+        try: rows.append((path, *_top(classifier, _read_image(path), names)))
+        except (OSError, ValueError) as error: wrong.append(f'error: {_one_line(error)}')
+    if len(rows) > 1: print(_table([row[:min(3, len(names)) + 1] for row in rows], left=4), flush=True)
+    if wrong: print('\n'.join(wrong), file=sys.stderr)
+    return 2 if wrong else 0
+
+def _top(
+    classifier: 'torch.nn.Module',  # [1, 3, 32, 32] -> scores
+    image: 'numpy.ndarray',  # uint8[32, 32, 3]
+    names: Sequence[str],  # of the classes
+) -> list[str]:
+    "The three most likely classes, with confidences."
+    import torch
+    from fishnet_nb.data import test_transform
+    with torch.inference_mode(): confidences = classifier(test_transform()(image=image)['image'][None])[0].softmax(0)
+    top = confidences.topk(min(3, len(names)))
+    return [f'{names[i]} {value:.1%}' for value, i in zip(top.values.tolist(), top.indices.tolist())]
 
 def _read_image(path: Path) -> 'numpy.ndarray':  # uint8[32, 32, 3]
     "The image in RGB, upright, scaled to 32×32. FileNotFoundError or ValueError naming the file."
+    import warnings
+    import numpy as np
+    from PIL import Image
+    if not path.is_file(): raise FileNotFoundError(f'{path} is {"a folder: give image files" if path.is_dir() else "not there"}')
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter('ignore')
+            return np.asarray(_to_rgb(image).resize((32, 32), Image.Resampling.BICUBIC))
+    except Image.UnidentifiedImageError: raise ValueError(f'{path} is not an image, or of a format that Pillow does not read') from None
+    except Exception as error: raise ValueError(f'{path} can\'t be read as an image: {_one_line(error)}') from None  # decoders raise all sorts
+
+def _to_rgb(image: 'PIL.Image.Image') -> 'PIL.Image.Image':
+    "The first image of the file, upright, in 8 bits, on white."
     import numpy as np
     from PIL import Image, ImageOps
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not there, or is no file')
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I') or image.mode == 'F':  # 16 bits and more: scaled to 8
-                values = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((255*values/max(values.max(), 1)).clip(0, 255).astype(np.uint8))
-            if image.mode in ('P', 'LA', 'RGBA', 'PA'): image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-            return np.asarray(image.convert('RGB').resize((32, 32), Image.Resampling.BOX if min(image.size) > 64 else Image.Resampling.BICUBIC))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f'{path} is not an image that can be read ({error})') from None
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I') or image.mode == 'F':  # 16 bits and more
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        highest = next((top for top in (1, 255, 65535) if values.max() <= top and (top > 1 or image.mode == 'F')), values.max())
+        if image.mode.startswith('I;16'): highest = 65535
+        image = Image.fromarray((255*values/highest).clip(0, 255).round().astype(np.uint8))
+    if not image.has_transparency_data: return image.convert('RGB')
+    image = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
-# %% ../nbs/cli.ipynb #71e39a73
+# %% ../nbs/cli.ipynb #34858941
 def _run_summary(args: argparse.Namespace) -> int:
-    "The stages of a model, its parameters and its operations."
-    from fishnet_nb.models import count_complexity, create_model, format_table, stage_table
-    model = create_model(args.model, args.num_classes, args.in_channels, **{key: value for key in ('widths', 'k') if (value := getattr(args, key)) is not None})
-    flops, macs, params = count_complexity(model, (args.in_channels, args.side, args.side))
-    print(format_table(stage_table(model, args.side)))
-    print(f'\n{args.model}: {params:,} parameters; {flops/1e9:.2f} GFLOPs, {macs/1e9:.2f} GMACs for an image of {args.side}×{args.side}')
+    "The stages of a model, its parameters and its operations; of each stage the side of its images, the channels it hands on, residual blocks and layers."
+    from fishnet_nb.models import count_complexity, create_model, stage_table
+    side, given = args.input_size, {key: value for key in ('widths', 'k') if (value := getattr(args, key)) is not None}
+    model = create_model(args.model, args.num_classes, args.in_channels, **given)
+    rows = stage_table(model, side)
+    flops, macs, params = count_complexity(model, (args.in_channels, side, side))
+    print(_table([('stage', 'works at', 'hands on', 'channels', 'blocks', 'layers'),
+                  *((r.stage, f'{r.side}×{r.side}', f'{r.out_side}×{r.out_side}', r.out_channels, r.blocks, r.layers) for r in rows),
+                  ('all', '', '', '', sum(r.blocks for r in rows), sum(r.layers for r in rows))]))
+    print(f'\n{args.model}: {params:,} parameters; {flops/1e9:.2f} GFLOPs, {macs/1e9:.2f} GMACs for an image of {side}×{side}')
     return 0
 
-# %% ../nbs/cli.ipynb #5469acad
+# %% ../nbs/cli.ipynb #77be4905
 def _run_data(args: argparse.Namespace) -> int:
-    "Check the data and draw its first images into a contact sheet. CIFAR-10 is looked for in data/ and where FISHNET_DATA points."
-    from fishnet_nb.data import CIFARDataModule, check_images, data_root, download_cifar
-    if args.download: print(f'CIFAR-10 is in {download_cifar(data_root())}')
-    module = CIFARDataModule('shapes' if args.shapes else 'cifar10', val_fraction=0)
-    info, images = module.data_info(), module.cifar.train_images
-    print(f'{info["description"]}: {info["n_train"]:,} training and {info["n_test"]:,} test images, SHA-256 {info["sha256"][:16]}…')
-    for name, n_train, n_test in zip(module.classes, *(_counts(labels, module.num_classes) for labels in (module.cifar.train_labels, module.cifar.test_labels))):
-        print(f'  {name:12}{n_train:6,}{n_test:7,}')
-    for what, values in ('mean', images.mean((0, 2, 3))/255), ('standard deviation', images.std((0, 2, 3))/255):
-        print(f'{what} of red, green, blue: {", ".join(f"{value:.4f}" for value in values)}')
-    args.sheet.parent.mkdir(parents=True, exist_ok=True)
-    check_images(module.cifar).savefig(args.sheet, dpi=120)
-    print(f'the first images, with their classes, are in {args.sheet}')
+    """Check the data and draw its first images into a contact sheet. CIFAR-10 is looked for where FISHNET_DATA points, otherwise in
+    data/cifar-10-batches-py; every batch is read and checked."""
+    from fishnet_nb.data import CIFARDataModule, check_images, data_folder, data_root, download_cifar
+    source = str(download_cifar(data_root())) if args.download else 'shapes' if args.shapes else 'cifar10'
+    module = CIFARDataModule(source, val_fraction=0)
+    info, cifar = module.data_info(), module.cifar
+    print(f'{info["description"]}, in {data_folder(source)}\nSHA-256 of images and labels: {info["sha256"]}\n')
+    print(_table([('class', 'training', 'test'), *zip(module.classes, _counts(cifar.train_labels, module), _counts(cifar.test_labels, module)),
+                  ('all', f'{info["n_train"]:,}', f'{info["n_test"]:,}')]))
+    values = [[f'{value:.4f}' for value in column] for column in _mean_std(cifar.train_images)]
+    print('\n' + _table([('training images, from 0 to 1', 'red', 'green', 'blue'), ('mean', *values[0]), ('standard deviation', *values[1])]))
+    _save(check_images(cifar), args.sheet)
+    print(f'\nThe first images, with their classes, are in {args.sheet}.')
     return 0
 
-def _counts(labels: 'numpy.ndarray', n: int) -> list[int]:
+def _counts(labels: 'numpy.ndarray', module: 'CIFARDataModule') -> list[str]:
     "How many images each class has."
     import numpy as np
-    return np.bincount(labels, minlength=n).tolist()
+    return [f'{n:,}' for n in np.bincount(labels, minlength=module.num_classes)]
 
-# %% ../nbs/cli.ipynb #ccbac8c0
+def _mean_std(images: 'numpy.ndarray') -> tuple[list[float], list[float]]:  # of each channel, from 0 to 1
+    "Mean and standard deviation of uint8[N, C, H, W], without a copy in floating point."
+    import numpy as np
+    levels = np.arange(256)/255
+    shares = [sum(np.bincount(part.ravel(), minlength=256) for part in np.array_split(images[:, c], 50))/images[:, c].size for c in range(images.shape[1])]
+    means = [float(share @ levels) for share in shares]
+    return means, [float(share @ (levels - mean)**2)**.5 for share, mean in zip(shares, means)]
+
+# %% ../nbs/cli.ipynb #64cd56da
 def _run_reproduce(args: argparse.Namespace) -> int:
-    """Repeat a recorded run with its hyperparameters, and compare the errors. Ends with 1 if the top-1 error differs by more than the tolerance;
-    on other hardware or another number of threads, rounding alone makes two runs differ by some tenths of a point."""
-    import json
-    import tempfile
-    from fishnet_nb.data import CIFARDataModule
+    """Repeat a recorded run with its hyperparameters, and compare the errors. Ends with 1 if the top-1 errors differ by more than the tolerance: on
+    other hardware or another number of threads, rounding alone makes two runs differ by some tenths of a percentage point."""
     from fishnet_nb.training import fit, read_record
     stated = read_record(args.name)
-    if stated['status'] != 'finished': raise ValueError(f'{args.name} was {stated["status"]}: there is no result to reproduce')
-    _check_data(stated, CIFARDataModule(**{key: stated['hparams']['data'][key] for key in ('data', 'val_fraction', 'seed')}).data_info())
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder)/'config.yaml'
-        hparams = {**stated['hparams'], 'trainer': {key: value for key, value in stated['hparams']['trainer'].items() if value is not None and key != 'callbacks'}}
-        hparams['data'].pop('seed'), hparams['model'].pop('num_classes', None)  # both follow from the rest
-        config.write_text(json.dumps(hparams))  # JSON is YAML
-        repeated = read_record(fit(str(config), name=f'{stated["name"]}-reproduced'))
-    for key in ('top1_error', 'top5_error', 'loss'): print(f'{key:12} stated {stated["test"][key]:.4f}   obtained {repeated["test"][key]:.4f}')
-    difference = abs(stated['test']['top1_error'] - repeated['test']['top1_error'])
-    print(f'top-1 errors differ by {100*difference:.2f} points; the tolerance is {100*args.tolerance:g}')
+    name, recipe, config = _repeatable(stated, args.name)
+    _check_data(stated, config['data'], args.other_data)
+    with tempfile.TemporaryDirectory() as scratch, _resumable(f'{name}-reproduced', recipe):
+        path = Path(scratch)/f'{recipe}.yaml'
+        path.write_text(json.dumps(config), encoding='utf-8')  # JSON is YAML
+        folder = fit(str(path), name=f'{name}-reproduced')
+    found, test = read_record(folder), stated['test']
+    print(_table([('', 'stated', 'obtained'), *((label, f'{test[key]:.2%}', f'{found["test"][key]:.2%}') for key, label in _ERRORS),
+                  ('test loss', f'{test["loss"]:.4f}', f'{found["test"]["loss"]:.4f}'), *((what, stated[what], found[what]) for what in ('device', 'commit')),
+                  ('torch', stated['versions']['torch'], found['versions']['torch'])]))
+    difference = abs(test['top1_error'] - found['test']['top1_error'])
+    print(f'\n{"reproduced" if difference <= args.tolerance else "not reproduced"}: the top-1 errors differ by {100*difference:.2f} percentage points, '
+          f'and {100*args.tolerance:g} are allowed; the new record is in {folder}')
     return int(difference > args.tolerance)
 
-def _check_data(stated: dict, info: dict) -> None:
-    "ValueError unless the data at hand is that of the record."
-    if info['sha256'] != stated['data']['sha256']:
-        raise ValueError(f'{stated["name"]} was trained on {stated["data"]["description"]} (SHA-256 {stated["data"]["sha256"][:12]}…), '
-                         f'and at hand is {info["description"]} ({info["sha256"][:12]}…): point FISHNET_DATA to the same data')
+_ERRORS = ('top1_error', 'top-1 error'), ('top5_error', 'top-5 error')
 
-# %% ../nbs/cli.ipynb #84e5c219
+def _repeatable(
+    record: dict,  # from `read_record`
+    given: str,  # for the message
+) -> tuple[str, str, dict]:
+    "Name and recipe of a record, and the recipe with the run's hyperparameters. ValueError for a run without a result, or for what is no record."
+    try:
+        if record['status'] != 'finished': raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
+        hparams, _ = record['hparams'], (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
+        unset = {'callbacks', 'enable_progress_bar'}  # the run's own, and what the terminal decides
+        config = {'seed_everything': hparams['seed_everything'],
+                  'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
+                  'data': {key: value for key, value in hparams['data'].items() if key != 'seed'},  # follows from the seed of all
+                  'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and key not in unset}}
+        if not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
+        return Path(record['name']).name, Path(record['recipe']).name, config
+    except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type') from None
+
+def _check_data(
+    stated: dict,  # the record
+    data: dict,  # the data module's arguments in it
+    other_allowed: bool,  # go on with other data?
+) -> None:
+    "ValueError unless the data at hand is that of the record, or other data is allowed."
+    from fishnet_nb.data import CIFARDataModule
+    info = CIFARDataModule(data['data'], val_fraction=0).data_info()
+    if info['sha256'] == stated['data']['sha256']: return
+    differ = (f'{stated["name"]} was trained on {stated["data"]["description"]} (SHA-256 {stated["data"]["sha256"][:12]}…), '
+              f'and at hand is {info["description"]} ({info["sha256"][:12]}…)')
+    if not other_allowed: raise ValueError(f'{differ}: point FISHNET_DATA to the same data, or compare all the same by --other-data')
+    print(f'note: {differ}; the figures below are of different data', file=sys.stderr)
+
+# %% ../nbs/cli.ipynb #59dbe2fe
 def _natural(text: str) -> int:
     "A whole number from 1 up."
-    if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 up')
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 up')
     return int(text)
+
+def _share(text: str) -> float:
+    "A number from 0 to 1."
+    try: value = float(text)
+    except ValueError: value = -1
+    if not 0 <= value <= 1: raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to 1')
+    return value
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `fishnet-nb` with all of its commands."
-    parser = _Parser(prog='fishnet-nb', description='FishNet, made executable: train, test and look inside.', allow_abbrev=False,
-                     epilog='exit codes: 0 done, 1 not reproduced, 2 given wrongly, 130 stopped by Ctrl-C\nexample:\n  fishnet-nb fit quick',
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog='fishnet-nb', description='FishNet, made executable: train, test and look inside.', allow_abbrev=False, formatter_class=_Help,
+                     epilog='exit codes:\n  0 done; 1 not reproduced; 2 given wrongly, or not readable; 130 stopped by Ctrl-C\n'
+                            'examples:\n  fishnet-nb fit quick              some minutes on two CPU cores, nothing to download\n'
+                            '  fishnet-nb test results/quick     its errors and pictures')
     parser.add_argument('--version', action='version', version=f'fishnet_nb {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
-    fit = _add(commands, _run_fit, 'fishnet-nb fit quick --trainer.max_epochs=3')
-    fit.add_argument('recipe', metavar='RECIPE', help='quick, cpu or student, or a YAML file of your own')
+    for add in (_add_fit, _add_test, _add_predict, _add_summary, _add_data, _add_reproduce): add(commands)
+    return parser
+
+def _add_fit(commands: argparse._SubParsersAction) -> None:
+    "The command `fit`."
+    fit = _add(commands, _run_fit, 'fishnet-nb fit quick', 'fishnet-nb fit quick --name short --trainer.max_epochs=3 --model.lr=0.05',
+               'fishnet-nb fit student --trainer.devices=2       two GPUs', 'fishnet-nb fit quick --name short --resume        after Ctrl-C')
+    fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10 within an hour on two cores), '
+                                                      'student (FishNet-99 on CIFAR-10, for a GPU), or a YAML file of your own')
     fit.add_argument('--name', help="the run's folder in results/; the recipe's name by default, with -2, -3 … if that is taken")
     fit.add_argument('--resume', action='store_true', help='go on with the run of that name after its last complete epoch')
-    test = _add(commands, _run_test, 'fishnet-nb test results/quick')
+
+def _add_test(commands: argparse._SubParsersAction) -> None:
+    "The command `test`."
+    test = _add(commands, _run_test, 'fishnet-nb test results/quick', 'fishnet-nb test my.ckpt --data data/cifar-10-batches-py')
     test.add_argument('run_or_checkpoint', metavar='RUN', help="a run's folder or name, or a .ckpt file")
     test.add_argument('--data', help='cifar10, shapes or a folder; the data of the training by default')
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    "The command `predict`."
     predict = _add(commands, _run_predict, 'fishnet-nb predict cat.png dog.jpg --checkpoint results/cpu/checkpoints/best.ckpt')
     predict.add_argument('images', metavar='IMAGE', nargs='+', type=Path, help='image files')
-    predict.add_argument('--checkpoint', required=True, type=Path, help='a .ckpt file of a run')
-    _add_summary(commands)
-    data = _add(commands, _run_data, 'fishnet-nb data --download')
-    source = data.add_mutually_exclusive_group()
-    source.add_argument('--download', action='store_true', help='fetch CIFAR-10 (170 MB) into data/ first, unless it is there')
-    source.add_argument('--shapes', action='store_true', help='the embedded synthetic shapes instead; they are written to data/ if missing')
-    data.add_argument('--sheet', type=Path, default=Path('results/images.png'), help='the contact sheet, results/images.png by default')
-    reproduce = _add(commands, _run_reproduce, 'fishnet-nb reproduce quick')
-    reproduce.add_argument('name', metavar='NAME', help="a run's name in results/, or its folder")
-    reproduce.add_argument('--tolerance', type=float, default=.02, help='largest difference of the top-1 errors, 0.02 by default')
-    return parser
+    predict.add_argument('--checkpoint', metavar='FILE', required=True, type=Path, help='a .ckpt file of a run')
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:
     "The command `summary`."
-    summary = _add(commands, _run_summary, 'fishnet-nb summary fishnet99 --widths 32 64 128 256')
+    summary = _add(commands, _run_summary, 'fishnet-nb summary fishnet99', 'fishnet-nb summary fishnet99 --widths 32 64 128 256 --num-classes 100')
     summary.add_argument('model', metavar='MODEL', help='fishnet73, fishnet99, fishnet150 or resnet50')
-    summary.add_argument('--widths', type=_natural, nargs='+', help='channels of the stem and of each next stage of the tail')
-    summary.add_argument('--k', type=_natural, help='by how much each stage of the body divides its channels')
-    for name, default, what in ('num-classes', 10, 'classes'), ('in-channels', 3, 'channels of the image'), ('side', 32, 'side of the image, px'):
-        summary.add_argument(f'--{name}', type=_natural, default=default, help=f'{what}; {default} by default')
+    summary.add_argument('--widths', metavar='N', type=_natural, nargs='+', help='channels of the stem and of each next stage of the tail')
+    summary.add_argument('--k', metavar='N', type=_natural, help='by how much each stage of the body divides its channels')
+    for name, default, what in ('num-classes', 10, 'classes'), ('in-channels', 3, 'channels of the image'), ('input-size', 32, 'side of the image, px'):
+        summary.add_argument(f'--{name}', metavar='N', type=_natural, default=default, help=f'{what}; {default} by default')
 
-def _one_line(error: BaseException) -> str:
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    "The command `data`."
+    data = _add(commands, _run_data, 'fishnet-nb data --download', 'fishnet-nb data --shapes --sheet shapes.png')
+    source = data.add_mutually_exclusive_group()
+    source.add_argument('--download', action='store_true', help='fetch CIFAR-10 (170 MB) into data/ first, unless it is there')
+    source.add_argument('--shapes', action='store_true', help='the embedded synthetic shapes instead; they are written to data/ if missing')
+    data.add_argument('--sheet', metavar='FILE', type=Path, default=Path('results/images.png'), help='the contact sheet; results/images.png by default')
+
+def _add_reproduce(commands: argparse._SubParsersAction) -> None:
+    "The command `reproduce`."
+    reproduce = _add(commands, _run_reproduce, 'fishnet-nb reproduce quick')
+    reproduce.add_argument('name', metavar='NAME', help="a run's name in results/, or its folder")
+    reproduce.add_argument('--tolerance', metavar='SHARE', type=_share, default=.02, help='largest difference of the top-1 errors, from 0 to 1; 0.02 by default')
+    reproduce.add_argument('--other-data', action='store_true', help='go on although the data at hand is not that of the record')
+
+# %% ../nbs/cli.ipynb #d50aa083
+def _one_line(error: BaseException | str) -> str:
     "An error's message in one line."
     return ' '.join(str(error).split()) or type(error).__name__
+
+def _explain(error: Exception) -> str:
+    "What is said of an error."
+    if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)): return f'error: {_one_line(error)}'
+    return f'error: {type(error).__name__}: {_one_line(error)}'
 
 def main(
     argv: Sequence[str] | None = None,  # the words after `fishnet-nb`; those of the process if None
 ) -> int:  # 0, 1, 2 or 130
     "Run `fishnet-nb`."
-    args, changes = (parser := make_parser()).parse_known_args(argv)
-    if changes and args.run is not _run_fit: parser.error(f'unknown: {" ".join(changes)}')
-    args.changes = changes
-    try: return args.run(args)
-    except KeyboardInterrupt: return 130
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        print(f'error: {_one_line(error)}', file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal can't show
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    args, args.changes = make_parser().parse_known_args(argv)
+    if args.changes and args.run is not _run_fit: _refuse(args.parser, args.changes)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as error:
+        print(f'\n{_one_line(error) if error.args else "stopped"}', file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get('FISHNET_DEBUG'): raise
+        print(_explain(error), file=sys.stderr)
         return 2
+
+def _refuse(parser: _Parser, given: Sequence[str]) -> None:
+    "Exit 2, naming words that a command doesn't take."
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith('--')]
+    parser.error(f'unknown: {" ".join(given)}{_near(given[0].split("=")[0], known)}')

@@ -1,0 +1,230 @@
+"The command line in whole processes: typed wrongly, given broken files, stopped by Ctrl-C."
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fishnet_nb.cli import main
+
+# a very thin FishNet on a few synthetic shapes
+TINY = ['--data.data=shapes', '--data.batch_size=32', '--data.num_workers=0', '--model.arch_args.widths=[8, 16]', '--model.arch_args.tail=[1, 1]',
+        '--trainer.precision=32-true', '--trainer.limit_val_batches=2', '--trainer.limit_train_batches=5', '--trainer.enable_progress_bar=false']
+
+
+def command(*args: str, cwd: Path | None = None, **kwargs) -> subprocess.CompletedProcess:
+    "`python -m fishnet_nb` in a process of its own, without CIFAR-10."
+    return subprocess.run([sys.executable, '-m', 'fishnet_nb', *args], cwd=cwd, env=environment(), text=True, capture_output=True, timeout=120, **kwargs)
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ('FISHNET_DATA', 'FISHNET_DEBUG')} | {'OMP_NUM_THREADS': '1'}
+
+
+def refused(message: str, *args: str, cwd: Path | None = None) -> None:
+    "Exit code 2 and one line on stderr that begins with `error:` and holds `message`."
+    done = command(*args, cwd=cwd)
+    assert done.returncode == 2 and done.stdout == '', done.stdout + done.stderr
+    assert re.fullmatch(r'error: [^\n]+\n', done.stderr) and message in done.stderr, done.stderr
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory) -> Path:
+    "A folder with a finished run called `tiny`."
+    folder = tmp_path_factory.mktemp('cli')
+    (folder/'data').mkdir()
+    done = command('fit', 'quick', '--name', 'tiny', '--trainer.max_epochs', '2', *TINY, cwd=folder)
+    assert done.returncode == 0 and 'top-1 error' in done.stdout and 'Traceback' not in done.stderr, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def inside(work, monkeypatch) -> Path:
+    "That folder as the working folder of this process, for what needs no process of its own."
+    monkeypatch.chdir(work)
+    for name in ('FISHNET_DATA', 'FISHNET_DEBUG'): monkeypatch.delenv(name, raising=False)
+    return work
+
+
+def test_help_teaches_and_is_fast():
+    started = time.perf_counter()
+    out = command('--help').stdout
+    assert time.perf_counter() - started < 2  # 0.1 s on an idle machine: nothing heavy is imported
+    for name in ('fit', 'test', 'predict', 'summary', 'data', 'reproduce'):
+        assert f'  {name} ' in out or f'  {name}\n' in out
+        done = command(name, '--help')
+        assert done.returncode == 0 and f'\nexamples:\n  fishnet-nb {name} ' in done.stdout
+    assert '130' in out
+    done = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'fishnet_nb', '--version'], text=True, capture_output=True)
+    assert done.stdout.startswith('fishnet_nb ') and 'torch' not in done.stderr and 'numpy' not in done.stderr
+
+
+@pytest.mark.parametrize('args, message', [
+    ([], 'COMMAND'), (['fitt'], 'did you mean fit?'), (['xyz'], 'there are fit, test, predict, summary, data, reproduce'), (["it's\n"], 'there is no command'),
+    (['fit'], 'RECIPE'), (['--nonsense'], 'COMMAND'), (['summary'], 'MODEL'), (['summary', 'fishnet99', '--widht', '64'], 'did you mean --widths?'),
+    (['summary', 'fishnet99', '--widths', '64', 'x'], "'x' is not a whole number"), (['summary', 'fishnet99', '--widths'], 'expected at least one'),
+    (['summary', 'fishnet99', '--k', '0'], "'0' is not a whole number"), (['summary', 'fishnet99', '--k', '²'], 'not a whole number'),
+    (['summary', 'fishnet99', 'extra'], 'unknown: extra'), (['summary', 'fishnet99', '--num', '3'], 'did you mean --num-classes?'),
+    (['predict', 'a.png'], '--checkpoint'), (['predict', '--checkpoint', 'x'], 'IMAGE'), (['data', '--download', '--shapes'], 'not allowed with'),
+    (['reproduce', 'x', '--tolerance', 'nan'], 'from 0 to 1'), (['test', 'x', '--resume'], 'unknown: --resume')])
+def test_wrongly_typed(args, message): refused(message, *args)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['fit', 'quik'], 'did you mean'), (['fit', 'none.yaml'], 'none.yaml is missing'), (['fit', 'quick', '--trainer.max_epoch=3'], 'did you mean --trainer.max_epochs?'),
+    (['fit', 'quick', '--nmae', 'x'], 'did you mean --name?'), (['fit', 'quick', '--model.lr=fast'], 'lr'), (['fit', 'quick', '--trainer.accelerator=gpus'], 'gpus'),
+    (['fit', 'quick', '--model.arch=fishnet98'], 'did you mean'), (['fit', 'quick', '--name', 'never', '--resume'], 'no run to resume'),
+    (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), (['summary', 'fishnet98'], 'fishnet99'), (['summary', 'resnet50', '--k', '2'], 'no argument k'),
+    (['summary', 'fishnet99', '--widths', '64', '128', '256', '511'], 'b3'), (['summary', 'fishnet99', '--input-size', '20'], '20'), (['data'], '--download'),
+    (['test', 'no-such-run'], 'there are tiny'), (['test', 'kept'], 'without checkpoints'), (['test', 'garbage.ckpt'], 'garbage.ckpt'), (['test', 'results'], 'neither'),
+    (['test', 'tiny', '--data', 'nowhere'], 'nowhere'), (['predict', 'x.png', '--checkpoint', 'none.ckpt'], 'none.ckpt'), (['reproduce', 'nothing'], 'nothing'),
+    (['reproduce', 'garbage'], 'not a run record'), (['reproduce', 'half'], 'not a whole run record'), (['reproduce', 'list'], 'not a whole run record'),
+    (['reproduce', 'stopped'], 'interrupted'), (['reproduce', 'otherdata'], '--other-data')])
+def test_given_wrongly(inside, capsys, args, message):
+    make_broken_files(inside)
+    assert main(args) == 2
+    found = capsys.readouterr()
+    assert re.fullmatch(r'error: [^\n]+\n', found.err) and message in found.err, found.err
+
+
+def make_broken_files(folder: Path) -> None:
+    "Checkpoints, recipes and records that can't be used."
+    Path('garbage.ckpt').write_bytes(b'garbage')
+    Path('broken.yaml').write_text('model: {arch: [')
+    record = json.loads((folder/'results'/'tiny'/'record.json').read_text())
+    broken = dict(kept=record, half={'status': 'finished'}, list=[], stopped={**record, 'status': 'interrupted'},
+                  otherdata={**record, 'data': {**record['data'], 'sha256': '0'*64}})
+    for name, content in broken.items(): write_record(folder/'results'/name, json.dumps(content))
+    write_record(folder/'results'/'garbage', '{"status": ')
+
+
+def write_record(folder: Path, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder/'record.json').write_text(text)
+
+
+def test_run_is_tested(inside, capsys):
+    assert main(['test', 'results/tiny']) == 0
+    out = capsys.readouterr().out
+    assert 'shapes (synthetic)' in out and '27.0%' in out and 'different datasets' in out and 'Next:' in out
+    for name in ('history', 'confusion', 'predictions'): assert Image.open(f'results/tiny/{name}.png').size[0] > 500
+    assert not list(Path('results/tiny').glob('.*'))
+
+
+def test_damaged_metrics_are_named(inside, capsys):
+    shutil.copytree('results/tiny', 'results/damaged')
+    for text in ('epoch,val_loss\n0,x\n', 'a,b\n1,2\n', 'epoch,val_loss\n0\n'):
+        Path('results/damaged/metrics.csv').write_text(text)
+        assert main(['test', 'damaged']) == 2
+        assert 'metrics.csv is not the metrics.csv of a run' in capsys.readouterr().err
+    shutil.rmtree('results/damaged')
+
+
+def test_images_of_every_kind_are_predicted(inside, capsys):
+    images = make_images(inside/'images')
+    (inside/'images'/'text.png').write_text('no image')
+    (inside/'images'/'cut.png').write_bytes((inside/'images'/'rgb.png').read_bytes()[:200])
+    (inside/'images'/'empty.jpg').touch()
+    checkpoint = ['--checkpoint', 'results/tiny/checkpoints/best.ckpt']
+    assert main(['predict', *map(str, images), *checkpoint]) == 0
+    found = capsys.readouterr()
+    lines = found.out.splitlines()
+    assert len(lines) == len(images) + 1 and not found.err
+    assert all(str(path) in line and line.count('%') == 3 for path, line in zip(images, lines[1:]))
+    bad = ['images/text.png', 'images/cut.png', 'images/empty.jpg', 'images', 'gone.png']
+    assert main(['predict', *bad, str(images[0]), *checkpoint]) == 2  # the others are predicted all the same
+    found = capsys.readouterr()
+    assert len(found.out.splitlines()) == 2 and len(found.err.splitlines()) == len(bad)
+    assert all(line.startswith(f'error: {path} ') for path, line in zip(bad, found.err.splitlines()))
+
+
+def make_images(folder: Path) -> list[Path]:
+    "One image of each kind that a reader may have."
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    rgb, deep = Image.fromarray(pixels), Image.fromarray((pixels[..., 0].astype(np.uint16)*257))
+    exif = Image.Exif()
+    exif[0x112] = 6  # turned by 90°
+    rgb.save(folder/'rgb.png'), rgb.save(folder/'turned.jpg', exif=exif), rgb.convert('CMYK').save(folder/'cmyk.jpg'), rgb.convert('P').save(folder/'palette.png')
+    rgb.convert('RGBA').save(folder/'rgba.png'), rgb.convert('L').save(folder/'gray.png'), rgb.convert('LA').save(folder/'la.png'), rgb.convert('1').save(folder/'bits.png')
+    deep.save(folder/'deep.png'), Image.fromarray(pixels[..., 0].astype(np.float32)/255).save(folder/'float.tiff'), rgb.resize((1, 1)).save(folder/'pixel.png')
+    rgb.resize((3000, 20)).save(folder/'wide.png'), rgb.save(folder/'moving.gif', save_all=True, append_images=[rgb.rotate(90)])
+    Image.new('L', (10000, 9500)).save(folder/'huge.png'), rgb.save(folder/'ünï cödé.webp')
+    return sorted(folder.glob('*'))
+
+
+def test_the_same_image_in_other_modes_is_read_alike(tmp_path):
+    from fishnet_nb.cli import _read_image
+    gray = Image.fromarray(np.random.default_rng(1).integers(0, 200, (32, 32), np.uint8))
+    deep, floating = Image.fromarray(np.asarray(gray).astype(np.uint16)*257), Image.fromarray(np.asarray(gray).astype(np.float32)/255)
+    for name, image in ('gray.png', gray), ('rgb.png', gray.convert('RGB')), ('rgba.png', gray.convert('RGBA')), ('deep.png', deep), ('float.tiff', floating):
+        image.save(tmp_path/name)
+        np.testing.assert_allclose(_read_image(tmp_path/name)[..., 0], np.asarray(gray), atol=1, err_msg=name)
+    clear = gray.convert('RGBA')
+    clear.putalpha(0)
+    clear.save(tmp_path/'clear.png')
+    assert (_read_image(tmp_path/'clear.png') == 255).all()
+    turned, exif = Image.new('RGB', (64, 32), 'black'), Image.Exif()
+    turned.paste('white', (0, 0, 32, 32))
+    exif[0x112] = 3  # upside down
+    turned.save(tmp_path/'turned.png', exif=exif)
+    assert _read_image(tmp_path/'turned.png')[16, 2].max() < 50 and _read_image(tmp_path/'turned.png')[16, 29].min() > 200
+
+
+def test_summary_and_data(inside, capsys):
+    assert main(['summary', 'fishnet99']) == 0
+    assert '17,918,784 parameters; 2.53 GFLOPs' in capsys.readouterr().out
+    assert main(['data', '--shapes', '--sheet', 'new/sheet.png']) == 0
+    out = capsys.readouterr().out
+    assert '6,000' in out or '5,000' in out
+    assert re.search(r'SHA-256 of images and labels: [0-9a-f]{64}\n', out) and Image.open('new/sheet.png').size[0] > 300
+    assert main(['data', '--shapes', '--sheet', 'sheet.xyz']) == 2 and not list(inside.glob('*sheet*'))
+
+
+def test_a_record_is_reproduced(inside, capsys):
+    assert main(['reproduce', 'tiny', '--tolerance', '1']) == 0
+    assert 'reproduced: the top-1 errors differ by' in capsys.readouterr().out
+    shutil.rmtree('results/tiny-reproduced')
+    record = json.loads(Path('results/tiny/record.json').read_text())
+    write_record(inside/'results'/'other', json.dumps({**record, 'name': 'other', 'data': {**record['data'], 'sha256': '0'*64}, 'test': {**record['test'], 'top1_error': 0.}}))
+    assert main(['reproduce', 'other', '--other-data', '--tolerance', '0.01']) == 1
+    found = capsys.readouterr()
+    assert 'not reproduced' in found.out and 'note: other was trained on' in found.err
+
+
+def test_ctrl_c_leaves_a_run_that_the_printed_command_resumes(work):
+    args = ['fit', 'quick', '--name', 'tiny', '--trainer.max_epochs=500', *TINY]  # the name is taken: this run is tiny-2
+    process = subprocess.Popen([sys.executable, '-m', 'fishnet_nb', *args], cwd=work, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert 'epoch 1/500' in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in err, err
+    told = re.search(r'go on by: fishnet-nb (fit quick --name tiny-2 --resume)\n', err)
+    assert told, err
+    assert json.loads((work/'results'/'tiny-2'/'record.json').read_text())['status'] == 'interrupted'
+    done = command(*told[1].split(), '--trainer.max_epochs=3', cwd=work)
+    assert done.returncode == 0 and 'epoch 1/' not in done.stdout, done.stdout + done.stderr
+    assert (work/'results'/'tiny-2'/'metrics.csv').read_text().count('\n') >= 3
+
+
+def test_ctrl_c_before_there_is_anything_to_resume(tmp_path):
+    process = subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick'], cwd=tmp_path, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in err and '--resume' not in err, err
+
+
+def test_output_may_be_cut_off():
+    done = subprocess.run(f'{sys.executable} -m fishnet_nb summary fishnet73 | true', shell=True, executable='/bin/bash', text=True, capture_output=True,
+                          env=environment())
+    assert done.returncode == 0 and done.stderr == ''
