@@ -1,4 +1,5 @@
 "What the tests share: the project's folder, commands run in it, and the README made from index.ipynb."
+import json
 import re
 import shutil
 import subprocess
@@ -31,12 +32,23 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
+def _cell_as_markdown(cell: dict) -> list[str]:
+    "What a reader sees of a cell: its text, or its code and the output."
+    source = ''.join(cell['source'])
+    if cell['cell_type'] == 'markdown': return [re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', source)]
+    if '#| hide' in source: return []
+    shown = [] if '#| echo: false' in source else [f'```python\n{source}\n```']
+    for output in cell['outputs']:
+        data = output.get('data', {})
+        text = ''.join(data.get('text/markdown') or '') or f"```\n{''.join(output.get('text') or data['text/plain']).rstrip()}\n```"
+        shown.append(text)
+    return shown
+
+
 def make_readme(folder: Path) -> str:
     "README.md of the project in `folder`: its index.ipynb as Markdown, with links that work from the top folder."
-    text = check(BIN/'jupyter', 'nbconvert', '--log-level=ERROR', '--to=markdown', '--stdout',
-                 r'--RegexRemovePreprocessor.patterns=^\s*#\|\s*hide', folder/'nbs'/'index.ipynb')
-    text = re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', text)
-    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+    cells = json.loads((folder/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
+    return '\n\n'.join(text for cell in cells for text in _cell_as_markdown(cell)) + '\n'
 
 
 if __name__ == '__main__': (ROOT/'README.md').write_text(make_readme(ROOT), encoding='utf-8')
