@@ -19,10 +19,10 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/cli.ipynb #7d8e6704
+# %% ../nbs/cli.ipynb #7b94529b
 def _near(given: str, known: Sequence[str]) -> str:
     "`; did you mean …?` if something known is near to what was given, or nothing."
-    near = get_close_matches(given, known, n=1)
+    near = get_close_matches(given, known, n=1) or [name for name in known if name.startswith(given)]
     return f'; did you mean {near[0]}?' if near else ''
 
 class _Parser(argparse.ArgumentParser):
@@ -246,7 +246,7 @@ def _mean_std(images: 'numpy.ndarray') -> tuple[list[float], list[float]]:  # of
     means = [float(share @ levels) for share in shares]
     return means, [float(share @ (levels - mean)**2)**.5 for share, mean in zip(shares, means)]
 
-# %% ../nbs/cli.ipynb #64cd56da
+# %% ../nbs/cli.ipynb #16b475c6
 def _run_reproduce(args: argparse.Namespace) -> int:
     """Repeat a recorded run with its hyperparameters, and compare the errors. Ends with 1 if the top-1 errors differ by more than the tolerance: on
     other hardware or another number of threads, rounding alone makes two runs differ by some tenths of a percentage point."""
@@ -260,14 +260,20 @@ def _run_reproduce(args: argparse.Namespace) -> int:
         folder = fit(str(path), name=f'{name}-reproduced')
     found, test = read_record(folder), stated['test']
     print(_table([('', 'stated', 'obtained'), *((label, f'{test[key]:.2%}', f'{found["test"][key]:.2%}') for key, label in _ERRORS),
-                  ('test loss', f'{test["loss"]:.4f}', f'{found["test"]["loss"]:.4f}'), *((what, stated[what], found[what]) for what in ('device', 'commit')),
-                  ('torch', stated['versions']['torch'], found['versions']['torch'])]))
+                  ('test loss', f'{test["loss"]:.4f}', f'{found["test"]["loss"]:.4f}')]))
+    for what, then, now in _circumstances(stated, found): print(f'{what}: {then} then, {now} now')
     difference = abs(test['top1_error'] - found['test']['top1_error'])
     print(f'\n{"reproduced" if difference <= args.tolerance else "not reproduced"}: the top-1 errors differ by {100*difference:.2f} percentage points, '
           f'and {100*args.tolerance:g} are allowed; the new record is in {folder}')
     return int(difference > args.tolerance)
 
 _ERRORS = ('top1_error', 'top-1 error'), ('top5_error', 'top-5 error')
+
+def _circumstances(stated: dict, found: dict) -> list[tuple[str, str, str]]:
+    "What may make two runs differ: device, commit and PyTorch, where they are not the same."
+    pairs = [('device', stated['device'], found['device']), ('commit', stated['commit'], found['commit']),
+             ('torch', stated['versions']['torch'], found['versions']['torch'])]
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 def _repeatable(
     record: dict,  # from `read_record`
@@ -277,11 +283,11 @@ def _repeatable(
     try:
         if record['status'] != 'finished': raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
         hparams, _ = record['hparams'], (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
-        unset = {'callbacks', 'enable_progress_bar'}  # the run's own, and what the terminal decides
+        own = [('callbacks', hparams['trainer'].get('callbacks')), ('enable_progress_bar', True)]  # the run's, and the terminal's
         config = {'seed_everything': hparams['seed_everything'],
                   'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
                   'data': {key: value for key, value in hparams['data'].items() if key != 'seed'},  # follows from the seed of all
-                  'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and key not in unset}}
+                  'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and (key, value) not in own}}
         if not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
         return Path(record['name']).name, Path(record['recipe']).name, config
     except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type') from None
