@@ -37,9 +37,10 @@ run: .venv/.installed
 	mv results/run-images.png results/run/images.png && \
 	fishnet-nb test results/run
 
+# two processes with one thread each: with more threads than cores they mostly wait for one another
 test: .venv/.installed
-	nbdev_test --n_workers 2 --timing
-	python -m pytest -q tests
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --durations 15 tests
 
 lab: .venv/.installed
 	jupyter lab nbs/index.ipynb
