@@ -32,7 +32,7 @@ run: .venv/.installed
 	@rm -rf results/run
 	@if [ -n "$$FISHNET_DATA" ] || [ -e data/cifar-10-batches-py ]; then changes="$(CIFAR_CHANGES)"; fishnet-nb data --sheet results/run-images.png; \
 	else echo "CIFAR-10 is not in data/, so this runs on the embedded synthetic shapes."; fishnet-nb data --shapes --sheet results/run-images.png; fi && \
-	fishnet-nb summary fishnet73 --widths 16 32 64 128 --k 4 && \
+	fishnet-nb summary fishnet73 --widths 16 32 64 --tail 1 1 2 --k 4 && \
 	fishnet-nb fit quick --name run $$changes && \
 	mv results/run-images.png results/run/images.png && \
 	fishnet-nb test results/run

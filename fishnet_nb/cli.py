@@ -202,11 +202,11 @@ def _to_rgb(image: 'PIL.Image.Image') -> 'PIL.Image.Image':
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
-# %% ../nbs/cli.ipynb #34858941
+# %% ../nbs/cli.ipynb #1bb10c2f
 def _run_summary(args: argparse.Namespace) -> int:
     "The stages of a model, its parameters and its operations; of each stage the side of its images, the channels it hands on, residual blocks and layers."
     from fishnet_nb.models import count_complexity, create_model, stage_table
-    side, given = args.input_size, {key: value for key in ('widths', 'k') if (value := getattr(args, key)) is not None}
+    side, given = args.input_size, {key: value for key in ('widths', 'tail', 'k') if (value := getattr(args, key)) is not None}
     model = create_model(args.model, args.num_classes, args.in_channels, **given)
     rows = stage_table(model, side)
     flops, macs, params = count_complexity(model, (args.in_channels, side, side))
@@ -306,7 +306,7 @@ def _check_data(
     if not other_allowed: raise ValueError(f'{differ}: point FISHNET_DATA to the same data, or compare all the same by --other-data')
     print(f'note: {differ}; the figures below are of different data', file=sys.stderr)
 
-# %% ../nbs/cli.ipynb #59dbe2fe
+# %% ../nbs/cli.ipynb #2ef90b3b
 def _natural(text: str) -> int:
     "A whole number from 1 up."
     if not text.isdecimal() or len(text) > 9 or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 up')
@@ -353,9 +353,11 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:
     "The command `summary`."
-    summary = _add(commands, _run_summary, 'fishnet-nb summary fishnet99', 'fishnet-nb summary fishnet99 --widths 32 64 128 256 --num-classes 100')
+    summary = _add(commands, _run_summary, 'fishnet-nb summary fishnet99', 'fishnet-nb summary fishnet99 --widths 32 64 128 256 --num-classes 100',
+                   'fishnet-nb summary fishnet73 --widths 16 32 64 --tail 1 1 2 --k 4')
     summary.add_argument('model', metavar='MODEL', help='fishnet73, fishnet99, fishnet150 or resnet50')
     summary.add_argument('--widths', metavar='N', type=_natural, nargs='+', help='channels of the stem and of each next stage of the tail')
+    summary.add_argument('--tail', metavar='N', type=_natural, nargs='+', help='residual blocks of each stage of the tail, as many numbers as --widths has')
     summary.add_argument('--k', metavar='N', type=_natural, help='by how much each stage of the body divides its channels')
     for name, default, what in ('num-classes', 10, 'classes'), ('in-channels', 3, 'channels of the image'), ('input-size', 32, 'side of the image, px'):
         summary.add_argument(f'--{name}', metavar='N', type=_natural, default=default, help=f'{what}; {default} by default')
