@@ -187,13 +187,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(f'{path} could not be written ({str(error).splitlines()[0]}); the previous checkpoint is intact: make room, then resume') from error
         finally: scratch.unlink(missing_ok=True)
 
-# %% ../nbs/07_training.ipynb #18151299
+# %% ../nbs/07_training.ipynb #c0c9527d
 def describe_device(
     trainer: Trainer,  # after its setup
 ) -> str:
     "What the run ran on: the card or the processor, how many, and the precision."
     device, n = trainer.strategy.root_device, trainer.world_size
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_cpu_name()}, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_cpu_name()}, {threads} thread{"s" if threads > 1 else ""}'
     return f'{f"{n} × " if n > 1 else ""}{name}, {trainer.precision}'
 
 def _cpu_name() -> str:
