@@ -276,7 +276,7 @@ def _epoch_line(row: dict, max_epochs: int) -> str:
     return (f'epoch {row["epoch"] + 1}/{max_epochs}: training loss {row["train_loss"]:.3f}, validation loss {row["val_loss"]:.3f}, '
             f'top-1 error {row["val_top1_error"]:.1%}, {row["wall_s"]:.0f} s')
 
-# %% ../nbs/07_training.ipynb #fed1393d
+# %% ../nbs/07_training.ipynb #5177cce1
 def read_record(
     run: str | Path,  # a run's name under results/, its folder, or its record.json
     root: str | Path = 'results',  # where runs are kept
@@ -296,7 +296,10 @@ def results_table(
              '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |']
     for r in records:
         if r['status'] != 'finished': continue
-        lines.append(f'| {r["name"]} | {r["data"]["description"]} | {r["hparams"]["model"]["arch"]} | {r["params"]/1e6:.2f} M | {r["epochs"]} | '
+        model = r['hparams']['model']
+        widths = (model['arch_args'] or {}).get('widths')
+        size = f' ({", ".join(map(str, widths))})' if widths else ''
+        lines.append(f'| {r["name"]} | {r["data"]["description"]} | {model["arch"]}{size} | {r["params"]/1e6:.2f} M | {r["epochs"]} | '
                      f'{r["test"]["top1_error"]:.1%} | {r["test"]["top5_error"]:.1%} | {r["device"]} | {r["wall_s"]/60:.1f} min |')
     return '\n'.join(lines)
 
@@ -377,7 +380,7 @@ def _has_bar() -> bool:
     "Whether a progress bar can be seen: in a terminal or a notebook."
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
-# %% ../nbs/07_training.ipynb #a0c9851d
+# %% ../nbs/07_training.ipynb #8808899e
 def _parse(
     config: Path,  # a recipe, or the config.yaml of a run
     args: ArgsType,  # what is changed in it
@@ -389,7 +392,7 @@ def _parse(
     try: return RecipeCLI(Classifier, CIFARDataModule, args=['--config', str(config), *args], run=False, save_config_callback=None,
                           trainer_defaults=defaults, seed_everything_default=42, auto_configure_optimizers=False,
                           load_from_checkpoint_support=False, parser_kwargs=dict(exit_on_error=False, allow_abbrev=False))
-    except ArgumentError as error: raise ValueError(str(error)) from None
+    except ArgumentError as error: raise ValueError(str(error).replace('"<unicode string>"', str(config))) from None
 
 def _callbacks(folder: Path, recorder: RunRecorder) -> list[Callback]:
     "What accompanies a run: the record, the last and the best checkpoint, early stopping."

@@ -30,6 +30,12 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in ('FISHNET_DATA', 'FISHNET_DEBUG')} | {'OMP_NUM_THREADS': '1'}
 
 
+def start(*args: str, cwd: Path) -> subprocess.Popen:
+    "`python -m fishnet_nb`, still running. It heeds Ctrl-C even where the tests run in the background, which ignores it."
+    return subprocess.Popen([sys.executable, '-m', 'fishnet_nb', *args], cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
 def refused(message: str, *args: str, cwd: Path | None = None) -> None:
     "Exit code 2 and one line on stderr that begins with `error:` and holds `message`."
     done = command(*args, cwd=cwd)
@@ -201,7 +207,7 @@ def test_a_record_is_reproduced(inside, capsys):
 
 def test_ctrl_c_leaves_a_run_that_the_printed_command_resumes(work):
     args = ['fit', 'quick', '--name', 'tiny', '--trainer.max_epochs=500', *TINY]  # the name is taken: this run is tiny-2
-    process = subprocess.Popen([sys.executable, '-m', 'fishnet_nb', *args], cwd=work, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(*args, cwd=work)
     while process.poll() is None and not (work/'results'/'tiny-2'/'checkpoints'/'last.ckpt').exists(): time.sleep(.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -216,8 +222,7 @@ def test_ctrl_c_leaves_a_run_that_the_printed_command_resumes(work):
 
 
 def test_ctrl_c_before_there_is_anything_to_resume(tmp_path):
-    process = subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick'], cwd=tmp_path, env=environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start('fit', 'quick', cwd=tmp_path)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

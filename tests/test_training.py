@@ -32,7 +32,7 @@ def start(work: Path, *args: str) -> subprocess.Popen:
     "`fishnet-nb fit quick` with a tiny network in a process of its own."
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick', *args], cwd=work, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> str:
