@@ -1,11 +1,10 @@
-"Drift between what is written twice, the wheel in an empty environment, and the site."
+"Drift between what is written twice, and the wheel in an empty environment."
 import json
 import os
+import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
-from bs4 import BeautifulSoup
 from PIL import Image
 
 from project import BIN, ROOT, check, copy_project, make_readme, run
@@ -34,6 +33,16 @@ def test_notebook_is_fit_to_be_read(path):
     assert path.stat().st_size < 1_000_000
     assert outputs, 'a notebook is committed with its outputs'
     assert not [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
+
+
+def test_both_editions_of_the_review_share_cells_and_equations():
+    english, korean = (json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells'] for name in ('00_review.ipynb', '00_review_ko.ipynb'))
+    def sources(cells, kind): return [''.join(cell['source']) for cell in cells if cell['cell_type'] == kind]
+    def examples(cells): return [code for code in sources(cells, 'code') if not re.search(r'^#\| (export|default_exp)|^from fishnet_nb', code, flags=re.M)]
+    def equations(cells): return re.findall(r'\$\$.*?\$\$', '\n'.join(sources(cells, 'markdown')), flags=re.S)
+    assert examples(english) == examples(korean) and equations(english) == equations(korean)
+    assert len(equations(english)) == 10  # (1) to (9), and (8) put right
+    assert [text.count('](') for text in sources(english, 'markdown')] == [text.count('](') for text in sources(korean, 'markdown')]  # the same links
 
 
 def test_readme_is_the_index(): assert (ROOT/'README.md').read_text(encoding='utf-8') == make_readme(ROOT), 'run `make prepare`'
@@ -74,29 +83,3 @@ def test_wheel_works_in_an_empty_environment(installed, tmp_path):
     command('fit', 'quick', '--trainer.max_epochs=1', '--trainer.limit_train_batches=2', '--trainer.limit_val_batches=1', '--trainer.limit_test_batches=1')
     Image.new('RGB', (40, 30), 'red').save(tmp_path/'red.png')
     assert 'red.png' in command('predict', 'red.png', '--checkpoint', 'results/quick/checkpoints/best.ckpt')
-
-
-@pytest.fixture(scope='module')
-def site(copy) -> Path:
-    "The built site."
-    check(BIN/'nbdev_proc_nbs', cwd=copy)
-    check(BIN/'smalldocs', 'render', '_proc', cwd=copy)
-    return copy/'_docs'
-
-
-def test_site_has_every_page(site):
-    for path in (ROOT/'nbs').glob('*.ipynb'): assert (site/path.with_suffix('.html').name).is_file()
-
-
-def test_site_has_no_broken_link(site):
-    pages = {path: BeautifulSoup(path.read_text(encoding='utf-8'), 'html.parser') for path in site.rglob('*.html')}
-    ids = {path: {tag['id'] for tag in page.find_all(id=True)} for path, page in pages.items()}
-    broken = []
-    for path, page in pages.items():
-        for tag, key in [(t, k) for k in ('href', 'src') for t in page.find_all(attrs={k: True})]:
-            url = urlsplit(tag[key])
-            if url.scheme or url.netloc: continue
-            target = (path.parent/unquote(url.path)).resolve() if url.path else path
-            if target.is_dir(): target = target/'index.html'
-            if not target.exists() or (url.fragment and target in ids and unquote(url.fragment) not in ids[target]): broken.append(f'{path.name}: {tag[key]}')
-    assert not broken, '\n'.join(sorted(set(broken)))

@@ -8,7 +8,7 @@ CHANGES = {
     '.css': {r'@import url\(["\']?https://fonts\.googleapis\.com[^)]*\);?': ''},
     '.html': {
         r'https://cdn\.jsdelivr\.net/npm/katex@[^/"]+/dist': 'site/katex',
-        r'<(pre|table)(?=[ >])': r'<\1 tabindex="0"',  # they may scroll, so the keyboard has to reach them
+        r'<(pre|table|span(?= class="math display"))(?=[ >])': r'<\1 tabindex="0"',  # they may scroll, so the keyboard has to reach them
         r'(<i class="bi bi-github") role="img"': r'\1 aria-hidden="true"',
         r'(<a href="https://github\.com/([^"]+\.ipynb)"[^>]*class="toc-action"[^>]*>.*?</a>)':
             r'\1 <a href="https://colab.research.google.com/github/\2" class="toc-action">Open in Colab</a>',
