@@ -45,9 +45,11 @@ test: .venv/.installed
 lab: .venv/.installed
 	jupyter lab nbs/index.ipynb
 
+# nbdev_proc_nbs would install Quarto first, as root; this is the rest of it, without the other names that nbdev gives the pages
 site: .venv/.installed
-	nbdev_proc_nbs
-	smalldocs render --quiet _proc
+	@python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
+	@perl -ni -e 'print unless /"output-file: /' _proc/*.ipynb
+	@smalldocs render --quiet _proc
 
 docs: site
 	@echo "The site is at http://127.0.0.1:$(PORT); stop it by Ctrl-C."
