@@ -1,6 +1,6 @@
 # make run    the main job, start to end: data, model, training, test, results
 # make test   every check: notebooks, tests, drift, wheel, site
-# make lab    JupyterLab on the first notebook
+# make lab    JupyterLab on the review
 # make docs   the site, served on localhost
 # make prepare  export the library, clean the notebooks, write README.md and requirements.lock: before a commit
 # Each sets up .venv by itself. PYTHON names another interpreter, PORT another port: make run PYTHON=python3.12
@@ -43,7 +43,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --durations 15 tests
 
 lab: .venv/.installed
-	jupyter lab nbs/index.ipynb
+	jupyter lab nbs/00_review.ipynb
 
 # nbdev_proc_nbs would install Quarto first, as root; this is the rest of it, without the other names that nbdev gives the pages
 site: .venv/.installed

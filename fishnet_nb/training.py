@@ -380,7 +380,7 @@ def _has_bar() -> bool:
     "Whether a progress bar can be seen: in a terminal or a notebook."
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
-# %% ../nbs/07_training.ipynb #8808899e
+# %% ../nbs/07_training.ipynb #13eb70ef
 def _parse(
     config: Path,  # a recipe, or the config.yaml of a run
     args: ArgsType,  # what is changed in it
@@ -428,7 +428,9 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     last = folder/'checkpoints'/'last.ckpt'
     if not data.split[1].size: raise ValueError('data.val_fraction is 0: a run needs validation images, which choose its best epoch')
-    if trainer.is_global_zero: cli.parser.save(cli.config, folder/'config.yaml', overwrite=True)
+    if trainer.is_global_zero:
+        cli.parser.save(cli.config, folder/'config.yaml', overwrite=True)
+        for scratch in (folder/'checkpoints').glob('.*'): scratch.unlink()  # half a checkpoint of a process that was killed
     try: trainer.fit(model, data, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
     except FloatingPointError: recorder.write(trainer, status='stopped: the loss is no longer finite'); raise
     except BaseException as error:

@@ -62,6 +62,17 @@ def test_records_agree_with_their_metrics():
         assert record['test']['n'] == record['data']['n_test']
 
 
+def test_pages_state_what_the_records_say():
+    "The table of results on each page that has one is the one made of the records as they are now."
+    from fishnet_nb.training import read_record, results_table
+    table = results_table([read_record(path) for path in sorted((ROOT/'results').glob('*/record.json')) if path.parent.name != 'run'])
+    assert len(table.splitlines()) > 2
+    assert table in (ROOT/'README.md').read_text(encoding='utf-8')
+    for name in 'index', '07_training', '09_results':
+        outputs = [output for cell in json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
+        assert any(''.join(output.get('data', {}).get('text/markdown', '')).strip() == table for output in outputs), name
+
+
 @pytest.fixture(scope='module')
 def installed(copy, tmp_path_factory) -> Path:
     "The folder of the commands of an empty environment into which the wheel alone was installed."
@@ -82,4 +93,5 @@ def test_wheel_works_in_an_empty_environment(installed, tmp_path):
     assert '17,918,784' in command('summary', 'fishnet99')
     command('fit', 'quick', '--trainer.max_epochs=1', '--trainer.limit_train_batches=2', '--trainer.limit_val_batches=1', '--trainer.limit_test_batches=1')
     Image.new('RGB', (40, 30), 'red').save(tmp_path/'red.png')
+    assert 'red.png' in command('predict', 'red.png')  # by the weights in the package
     assert 'red.png' in command('predict', 'red.png', '--checkpoint', 'results/quick/checkpoints/best.ckpt')

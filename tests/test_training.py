@@ -3,16 +3,18 @@ import json
 import math
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from fishnet_nb.training import fit, load_classifier, read_metrics, read_record
+from fishnet_nb.training import fit, load_classifier, read_checkpoint, read_metrics, read_record
 
 # a very thin FishNet on a few synthetic shapes
 TINY = ['--data.data=shapes', '--data.batch_size=32', '--model.arch_args.widths=[8, 16]', '--model.arch_args.tail=[1, 1]',
@@ -61,6 +63,33 @@ def test_killed_and_resumed_run_equals_one_that_was_not(work):
         finish(start(work, f'--name={name}', '--resume'))
         assert figures(work/'results'/name) == figures(work/'results'/'straight')
         assert read_record(work/'results'/name)['test'] == read_record(work/'results'/'straight')['test']
+
+
+def test_run_killed_twenty_times_equals_one_that_was_not(work):
+    "SIGKILL at random moments, each second time while a checkpoint is being written: the run always goes on from an intact state."
+    args, draw = [*TINY, '--trainer.max_epochs=40', '--trainer.limit_train_batches=2'], random.Random(0)
+    finish(start(work, '--name=unhurt', *args))
+    folder, kills = work/'results'/'hunted', 0
+    process = start(work, '--name=hunted', *args)
+    while kills < 20:
+        before = len(read_metrics(folder/'metrics.csv'))
+        wait_for_epochs(process, folder, min(before + 1, 39))
+        if kills % 2: time.sleep(draw.uniform(0, .3))
+        else: wait_until(lambda: process.poll() is not None or list((folder/'checkpoints').glob('.*')))
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate()
+        kills += 1
+        if (last := folder/'checkpoints'/'last.ckpt').exists(): read_checkpoint(last)
+        process = start(work, '--name=hunted', '--resume')
+    finish(process)
+    assert sorted(path.name for path in (folder/'checkpoints').iterdir()) == ['best.ckpt', 'last.ckpt']
+    assert figures(folder) == figures(work/'results'/'unhurt')
+    assert read_record(folder)['test'] == read_record(work/'results'/'unhurt')['test']
+
+
+def wait_until(happens: Callable[[], bool]) -> None:
+    while not happens(): time.sleep(.0005)
 
 
 def test_two_ranks_train_and_count_each_image_once(work):
