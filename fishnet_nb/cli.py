@@ -147,15 +147,15 @@ def _next(data: str) -> str:
     real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it within an hour. ' if data == 'shapes' else ''
     return f'Next: `make lab` opens the notebooks that explain all of this. {real}With a GPU, `fishnet-nb fit student` trains FishNet-99.'
 
-# %% ../nbs/cli.ipynb #35adf889
+# %% ../nbs/cli.ipynb #1d62f38e
 def _run_predict(args: argparse.Namespace) -> int:
-    """The three most likely classes of each image, with confidences. Images of any size are scaled to 32×32 pixels; of those that can't be read,
-    a line each says why."""
-    from fishnet_nb.testing import class_names
-    from fishnet_nb.training import load_classifier
-    classifier = load_classifier(args.checkpoint)
-    if classifier.hparams.in_channels != 3: raise ValueError(f'{args.checkpoint} takes images of {classifier.hparams.in_channels} channels, and 3 are needed here')
-    names, rows, wrong = class_names(args.checkpoint), [('image', '1st', '2nd', '3rd')], []
+    """The three most likely classes of each image, with confidences, by the network in the package, which knows the classes of CIFAR-10, or by your own.
+    Images of any size are scaled to 32×32 pixels; of those that can't be read, a line each says why."""
+    from fishnet_nb.testing import load_trained
+    classifier, names = load_trained(args.checkpoint)
+    channels = next(classifier.parameters()).shape[1]
+    if channels != 3: raise ValueError(f'{args.checkpoint} takes images of {channels} channels, and 3 are needed here')
+    rows, wrong = [('image', '1st', '2nd', '3rd')], []
     for path in args.images:
         try: rows.append((path, *_top(classifier, _read_image(path), names)))
         except (OSError, ValueError) as error: wrong.append(f'error: {_one_line(error)}')
@@ -201,6 +201,18 @@ def _to_rgb(image: 'PIL.Image.Image') -> 'PIL.Image.Image':
     if not image.has_transparency_data: return image.convert('RGB')
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+
+# %% ../nbs/cli.ipynb #0d6252f8
+def _run_export(args: argparse.Namespace) -> int:
+    "The weights of a run's best epoch as a safetensors file, with the run's record in it: for `predict`, or for `load_weights` in your own code."
+    import hashlib
+    from fishnet_nb.testing import export_weights, find_checkpoint
+    out = args.out or find_checkpoint(args.name).parent.parent/'weights.safetensors'
+    if out.suffix != '.safetensors': raise ValueError(f'{out} is not the name of a .safetensors file')
+    if not out.parent.is_dir(): raise FileNotFoundError(f'{out.parent} is not a folder that exists: make it first')
+    path = export_weights(args.name, out)
+    print(f'{path}: {path.stat().st_size/1e6:.1f} MB, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}')
+    return 0
 
 # %% ../nbs/cli.ipynb #1bb10c2f
 def _run_summary(args: argparse.Namespace) -> int:
@@ -306,7 +318,7 @@ def _check_data(
     if not other_allowed: raise ValueError(f'{differ}: point FISHNET_DATA to the same data, or compare all the same by --other-data')
     print(f'note: {differ}; the figures below are of different data', file=sys.stderr)
 
-# %% ../nbs/cli.ipynb #2ef90b3b
+# %% ../nbs/cli.ipynb #a65ba747
 def _natural(text: str) -> int:
     "A whole number from 1 up."
     if not text.isdecimal() or len(text) > 9 or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 up')
@@ -327,7 +339,7 @@ def make_parser() -> argparse.ArgumentParser:
                             '  fishnet-nb test results/quick     its errors and pictures')
     parser.add_argument('--version', action='version', version=f'fishnet_nb {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
-    for add in (_add_fit, _add_test, _add_predict, _add_summary, _add_data, _add_reproduce): add(commands)
+    for add in (_add_fit, _add_test, _add_predict, _add_export, _add_summary, _add_data, _add_reproduce): add(commands)
     return parser
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
@@ -347,9 +359,15 @@ def _add_test(commands: argparse._SubParsersAction) -> None:
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
     "The command `predict`."
-    predict = _add(commands, _run_predict, 'fishnet-nb predict cat.png dog.jpg --checkpoint results/cpu/checkpoints/best.ckpt')
+    predict = _add(commands, _run_predict, 'fishnet-nb predict cat.png dog.jpg', 'fishnet-nb predict shape.png --checkpoint results/quick/checkpoints/best.ckpt')
     predict.add_argument('images', metavar='IMAGE', nargs='+', type=Path, help='image files')
-    predict.add_argument('--checkpoint', metavar='FILE', required=True, type=Path, help='a .ckpt file of a run')
+    predict.add_argument('--checkpoint', metavar='FILE', type=Path, help='a .ckpt file of a run, or a .safetensors file; the weights in the package by default')
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    "The command `export`."
+    export = _add(commands, _run_export, 'fishnet-nb export student --out fishnet99.safetensors')
+    export.add_argument('name', metavar='RUN', help="a run's name in results/, or its folder")
+    export.add_argument('--out', metavar='FILE', type=Path, help='a .safetensors file; weights.safetensors in the folder of the run by default')
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:
     "The command `summary`."

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['FishNet', 'list_models', 'create_model', 'StageRow', 'named_stages', 'stage_table', 'format_table', 'Complexity',
-           'count_complexity']
+           'count_complexity', 'save_weights', 'read_weights', 'load_weights', 'list_pretrained', 'pretrained_path']
 
-# %% ../nbs/06_fishnet.ipynb #d1e999ff
+# %% ../nbs/06_fishnet.ipynb #5b89f117
+import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -56,7 +60,7 @@ class FishNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.forward_features(x)[-1])
 
-# %% ../nbs/06_fishnet.ipynb #60392936
+# %% ../nbs/06_fishnet.ipynb #293f9b7d
 def _architectures() -> dict[str, tuple[type[nn.Module], dict]]:
     "Each named model's class and its depths."
     return {
@@ -83,9 +87,11 @@ def create_model(
     name: str,  # one of `list_models()`
     num_classes: int = 10,  # scores to give; 0 gives the pooled feature instead
     in_channels: int = 3,  # channels of the image
+    pretrained: bool = False,  # with the weights of that name in the package, and the arguments that belong to them
     **kwargs,  # widths, tail, body, head, k, preact, final_norm; body, head and k for FishNets only
 ) -> nn.Module:  # [N, in_channels, H, W] -> [N, num_classes]
-    "A new model by name. ValueError for an unknown name or numbers that don't fit; TypeError for an unknown argument."
+    "A model by name. ValueError for an unknown name, numbers that don't fit or weights that aren't there; TypeError for an unknown argument."
+    if pretrained: return _create_pretrained(name, num_classes, in_channels, **kwargs)
     make, depths = _lookup(name)
     allowed = inspect.signature(make).parameters
     if unknown := set(kwargs) - set(allowed):
@@ -159,3 +165,71 @@ def count_complexity(
     if macs is None: raise ValueError(f'input_size={tuple(input_size)} cannot pass through the model: give (channels, height, width) that it takes')
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Complexity(2*int(macs), int(macs), params)
+
+# %% ../nbs/06_fishnet.ipynb #1a0fe999
+def save_weights(
+    model: nn.Module,  # whose weights are saved
+    path: str | Path,  # a .safetensors file
+    about: dict,  # arch, arch_args, num_classes, in_channels, classes, and what else is known of them; plain values
+) -> Path:
+    "Write a model's weights and what they belong to."
+    from safetensors.torch import save_file
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path, {'about': json.dumps(about, ensure_ascii=False)})
+    return Path(path)
+
+def read_weights(
+    path: str | Path,  # a .safetensors file written by `save_weights`
+) -> tuple[dict[str, Tensor], dict]:  # the weights by name, and `about`
+    "Weights and what they belong to. FileNotFoundError, or ValueError for a file that is damaged or of another origin."
+    from safetensors import SafetensorError, safe_open
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not there: give a .safetensors file, such as `fishnet-nb export` writes')
+    try:
+        with safe_open(path, 'pt') as file: return {name: file.get_tensor(name) for name in file.keys()}, dict(json.loads(file.metadata()['about']))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error: raise ValueError(f'{path} holds no weights of this library ({error})') from None
+
+def load_weights(
+    path: str | Path,  # a .safetensors file written by `save_weights`
+    num_classes: int | None = None,  # another number than the weights': then the last layer is new, or absent for 0
+) -> nn.Module:  # in training mode, as every new module
+    "The model that weights belong to, with the weights. FileNotFoundError, or ValueError for weights that don't fit."
+    weights, about = read_weights(path)
+    try: model = create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **(about['arch_args'] or {}))
+    except (KeyError, TypeError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
+    if num_classes not in (None, about['num_classes']): weights = {name: tensor for name, tensor in weights.items() if name not in _last_layer(about)}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - set(_last_layer(about)): raise ValueError(f'{path} does not fit a {about["arch"]} with its arguments: {[*missing, *unexpected][:3]} …')
+    return model
+
+def _last_layer(about: dict) -> list[str]:
+    "The names of the weights that belong to the classes: the classifier's linear layer."
+    classifier = create_model(about['arch'], about['num_classes'], about['in_channels'], **(about['arch_args'] or {})).classifier
+    return [f'classifier.{len(classifier) - 1}.{name}' for name in classifier[-1].state_dict()]
+
+# %% ../nbs/06_fishnet.ipynb #6534117f
+def list_pretrained() -> dict[str, str]:
+    "The models whose weights are in the package, with the SHA-256 of each file."
+    lines = (files('fishnet_nb')/'weights'/'SHA256SUMS').read_text(encoding='utf-8').splitlines()
+    return {line.split()[1].removesuffix('.safetensors'): line.split()[0] for line in lines}
+
+def pretrained_path(
+    name: str,  # one of `list_pretrained()`
+) -> Path:
+    "The file with a model's weights. ValueError if there is none, or it isn't the one that was published."
+    known = list_pretrained()
+    if name not in known: raise ValueError(f'{name} has no weights in this package: there are those of {", ".join(known)}; others come from `fishnet-nb fit` and `fishnet-nb export`')
+    path = Path(str(files('fishnet_nb')/'weights'/f'{name}.safetensors'))
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != known[name]:
+        raise ValueError(f'{path} is missing or damaged: its SHA-256 is not {known[name]}; install the package again')
+    return path
+
+def _create_pretrained(name: str, num_classes: int, in_channels: int, **kwargs) -> nn.Module:
+    "A model with the package's weights. ValueError for arguments that don't belong to them."
+    make, depths = _lookup(name)
+    path = pretrained_path(name)
+    about = read_weights(path)[1]
+    defaults = {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
+    expected = {**defaults, **depths, **about['arch_args'], 'in_channels': about['in_channels']}
+    for key, value in {**kwargs, 'in_channels': in_channels}.items():
+        if value is not None and str(value).strip('()[]') != str(expected.get(key)).strip('()[]'):  # a tuple or a list, it is the same
+            raise ValueError(f'{key}={value}: the weights of {name} belong to {about["arch_args"]} and {about["in_channels"]} input channels')
+    return load_weights(path, num_classes)
