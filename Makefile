@@ -40,7 +40,7 @@ run: .venv/.installed
 # two processes with one thread each: with more threads than cores they mostly wait for one another
 test: .venv/.installed
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --durations 15 tests
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
 
 lab: .venv/.installed
 	jupyter lab nbs/00_review.ipynb

@@ -166,7 +166,7 @@ def count_complexity(
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Complexity(2*int(macs), int(macs), params)
 
-# %% ../nbs/06_fishnet.ipynb #1a0fe999
+# %% ../nbs/06_fishnet.ipynb #33b27ee8
 def save_weights(
     model: nn.Module,  # whose weights are saved
     path: str | Path,  # a .safetensors file
@@ -195,15 +195,11 @@ def load_weights(
     weights, about = read_weights(path)
     try: model = create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **(about['arch_args'] or {}))
     except (KeyError, TypeError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
-    if num_classes not in (None, about['num_classes']): weights = {name: tensor for name, tensor in weights.items() if name not in _last_layer(about)}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - set(_last_layer(about)): raise ValueError(f'{path} does not fit a {about["arch"]} with its arguments: {[*missing, *unexpected][:3]} …')
+    last = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
+    left_out = {name for name in weights if name.startswith(last)} if num_classes not in (None, about['num_classes']) else set()
+    missing, unexpected = model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in left_out}, strict=False)
+    if unexpected or set(missing) - left_out: raise ValueError(f'{path} does not fit a {about["arch"]} with its arguments: {[*missing, *unexpected][:3]} …')
     return model
-
-def _last_layer(about: dict) -> list[str]:
-    "The names of the weights that belong to the classes: the classifier's linear layer."
-    classifier = create_model(about['arch'], about['num_classes'], about['in_channels'], **(about['arch_args'] or {})).classifier
-    return [f'classifier.{len(classifier) - 1}.{name}' for name in classifier[-1].state_dict()]
 
 # %% ../nbs/06_fishnet.ipynb #6534117f
 def list_pretrained() -> dict[str, str]:

@@ -1,25 +1,16 @@
 "Whole runs: killed and resumed, on two ranks, stopped, and read from hostile checkpoints."
 import json
-import math
 import os
 import pickle
-import random
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from fishnet_nb.training import fit, load_classifier, read_checkpoint, read_metrics, read_record
+from fishnet_nb.training import fit, load_classifier, read_record
 
-# a very thin FishNet on a few synthetic shapes
-TINY = ['--data.data=shapes', '--data.batch_size=32', '--model.arch_args.widths=[8, 16]', '--model.arch_args.tail=[1, 1]',
-        '--trainer.precision=32-true', '--trainer.limit_val_batches=2', '--trainer.enable_progress_bar=false']
-FIGURES = ('epoch', 'lr', 'train_loss', 'train_f1', 'val_loss', 'val_f1', 'val_top1_error', 'val_top5_error')
+from runs import TINY, figures, finish, start, wait_for_epochs
 
 
 @pytest.fixture(scope='module')
@@ -28,27 +19,6 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('training')
     (folder/'data').mkdir()
     return folder
-
-
-def start(work: Path, *args: str) -> subprocess.Popen:
-    "`fishnet-nb fit quick` with a tiny network in a process of its own."
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick', *args], cwd=work, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-
-def finish(process: subprocess.Popen, timeout: float = 240) -> str:
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == 0, out + err
-    return out
-
-
-def figures(folder: Path) -> list[tuple]: return [tuple(row[key] for key in FIGURES) for row in read_metrics(folder/'metrics.csv')]
-
-
-def wait_for_epochs(process: subprocess.Popen, folder: Path, n: int) -> None:
-    "Until `n` epochs are written, or the process has ended."
-    while process.poll() is None and len(read_metrics(folder/'metrics.csv')) < n: time.sleep(.05)
 
 
 def test_killed_and_resumed_run_equals_one_that_was_not(work):
@@ -63,33 +33,6 @@ def test_killed_and_resumed_run_equals_one_that_was_not(work):
         finish(start(work, f'--name={name}', '--resume'))
         assert figures(work/'results'/name) == figures(work/'results'/'straight')
         assert read_record(work/'results'/name)['test'] == read_record(work/'results'/'straight')['test']
-
-
-def test_run_killed_twenty_times_equals_one_that_was_not(work):
-    "SIGKILL at random moments, each second time while a checkpoint is being written: the run always goes on from an intact state."
-    args, draw = [*TINY, '--trainer.max_epochs=40', '--trainer.limit_train_batches=2'], random.Random(0)
-    finish(start(work, '--name=unhurt', *args))
-    folder, kills = work/'results'/'hunted', 0
-    process = start(work, '--name=hunted', *args)
-    while kills < 20:
-        before = len(read_metrics(folder/'metrics.csv'))
-        wait_for_epochs(process, folder, min(before + 1, 39))
-        if kills % 2: time.sleep(draw.uniform(0, .3))
-        else: wait_until(lambda: process.poll() is not None or list((folder/'checkpoints').glob('.*')))
-        assert process.poll() is None, process.communicate()
-        process.kill()
-        process.communicate()
-        kills += 1
-        if (last := folder/'checkpoints'/'last.ckpt').exists(): read_checkpoint(last)
-        process = start(work, '--name=hunted', '--resume')
-    finish(process)
-    assert sorted(path.name for path in (folder/'checkpoints').iterdir()) == ['best.ckpt', 'last.ckpt']
-    assert figures(folder) == figures(work/'results'/'unhurt')
-    assert read_record(folder)['test'] == read_record(work/'results'/'unhurt')['test']
-
-
-def wait_until(happens: Callable[[], bool]) -> None:
-    while not happens(): time.sleep(.0005)
 
 
 def test_two_ranks_train_and_count_each_image_once(work):
