@@ -166,7 +166,7 @@ def count_complexity(
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Complexity(2*int(macs), int(macs), params)
 
-# %% ../nbs/06_fishnet.ipynb #33b27ee8
+# %% ../nbs/06_fishnet.ipynb #86ec9247
 def save_weights(
     model: nn.Module,  # whose weights are saved
     path: str | Path,  # a .safetensors file
@@ -197,8 +197,10 @@ def load_weights(
     except (KeyError, TypeError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     last = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
     left_out = {name for name in weights if name.startswith(last)} if num_classes not in (None, about['num_classes']) else set()
-    missing, unexpected = model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in left_out}, strict=False)
-    if unexpected or set(missing) - left_out: raise ValueError(f'{path} does not fit a {about["arch"]} with its arguments: {[*missing, *unexpected][:3]} …')
+    kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in left_out}
+    if shapes != {name: tensor.shape for name, tensor in kept.items()}: raise ValueError(f'{path} does not fit a {about["arch"]} with its arguments')
+    model.load_state_dict(kept, strict=False)
     return model
 
 # %% ../nbs/06_fishnet.ipynb #6534117f
