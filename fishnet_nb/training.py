@@ -276,7 +276,7 @@ def _epoch_line(row: dict, max_epochs: int) -> str:
     return (f'epoch {row["epoch"] + 1}/{max_epochs}: training loss {row["train_loss"]:.3f}, validation loss {row["val_loss"]:.3f}, '
             f'top-1 error {row["val_top1_error"]:.1%}, {row["wall_s"]:.0f} s')
 
-# %% ../nbs/07_training.ipynb #5177cce1
+# %% ../nbs/07_training.ipynb #55d3e7cf
 def read_record(
     run: str | Path,  # a run's name under results/, its folder, or its record.json
     root: str | Path = 'results',  # where runs are kept
@@ -292,15 +292,15 @@ def results_table(
     records: Sequence[dict],  # from `read_record`
 ) -> str:
     "A Markdown table with a row for each finished run."
-    lines = ['| run | data | model | parameters | epochs | top-1 error | top-5 error | device | training |',
-             '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |']
+    lines = ['| run | data | model | parameters | epochs | top-1 error | top-5 error | training | device |',
+             '| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |']
     for r in records:
         if r['status'] != 'finished': continue
         model = r['hparams']['model']
         widths = (model['arch_args'] or {}).get('widths')
         size = f' ({", ".join(map(str, widths))})' if widths else ''
         lines.append(f'| {r["name"]} | {r["data"]["description"]} | {model["arch"]}{size} | {r["params"]/1e6:.2f} M | {r["epochs"]} | '
-                     f'{r["test"]["top1_error"]:.1%} | {r["test"]["top5_error"]:.1%} | {r["device"]} | {r["wall_s"]/60:.1f} min |')
+                     f'{r["test"]["top1_error"]:.1%} | {r["test"]["top5_error"]:.1%} | {r["wall_s"]/60:.1f} min | {r["device"]} |')
     return '\n'.join(lines)
 
 # %% ../nbs/07_training.ipynb #ce395e34

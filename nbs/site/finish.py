@@ -1,5 +1,5 @@
 """After the pages are rendered: maths is set by the KaTeX in this folder instead of the one on a CDN, and no theme fetches its font, so the site needs no
-network to be read. And what the renderer leaves out for readers who use a keyboard or a screen reader is added."""
+network to be read. Links from a name in the text lead to the page here. And what the renderer leaves out for readers who use a keyboard or a screen reader is added."""
 import os
 import re
 from pathlib import Path
@@ -21,8 +21,12 @@ CHANGES = {
         r'<div class="toc-actions"': '<div class="toc-actions" role="complementary" aria-label="source of this page"'},
 }
 
-for path in Path(os.environ['QUARTO_PROJECT_OUTPUT_DIR']).rglob('*'):
+OUTPUT = Path(os.environ['QUARTO_PROJECT_OUTPUT_DIR'])
+PAGES = {re.sub(r'^\d+[a-z]?_', '', path.name): path.name for path in OUTPUT.glob('*.html')}  # nbdev names pages without their number
+
+for path in OUTPUT.rglob('*'):
     if path.suffix not in CHANGES: continue
     text = found = path.read_text(encoding='utf-8')
     for pattern, change in CHANGES[path.suffix].items(): text = re.sub(pattern, change, text)
+    text = re.sub(r'https://fishnet-nb\.github\.io/fishnet_nb/(\w+\.html)', lambda link: PAGES.get(link[1], link[0]), text)
     if text != found: path.write_text(text, encoding='utf-8')
