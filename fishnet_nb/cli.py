@@ -228,6 +228,20 @@ def _run_summary(args: argparse.Namespace) -> int:
     print(f'\n{args.model}: {params:,} parameters; {flops/1e9:.2f} GFLOPs, {macs/1e9:.2f} GMACs for an image of {side}×{side}')
     return 0
 
+# %% ../nbs/cli.ipynb #c3289ef3
+def _run_bench(args: argparse.Namespace) -> int:
+    """Images per second in training and inference: eager float32, which is the baseline, bfloat16, and compiled bfloat16, in turns within one process.
+    Takes minutes, most of them for compiling."""
+    from fishnet_nb.bench import bench, bench_table
+    from fishnet_nb.training import write_atomically
+    given = {key: value for key in ('widths', 'tail', 'k') if (value := getattr(args, key)) is not None}
+    record = bench(args.model, given, args.batch_size, args.rounds)
+    path = Path('results')/'bench'/f'{args.name or args.model}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+    print(f'{record["device"]}: {record["peak_flops"]/1e9:,.0f} GFLOP/s in a bfloat16 matrix product\n\n{bench_table(record)}\n\nThe record is {path}.')
+    return 0
+
 # %% ../nbs/cli.ipynb #77be4905
 def _run_data(args: argparse.Namespace) -> int:
     """Check the data and draw its first images into a contact sheet. CIFAR-10 is looked for where FISHNET_DATA points, otherwise in
@@ -318,7 +332,7 @@ def _check_data(
     if not other_allowed: raise ValueError(f'{differ}: point FISHNET_DATA to the same data, or compare all the same by --other-data')
     print(f'note: {differ}; the figures below are of different data', file=sys.stderr)
 
-# %% ../nbs/cli.ipynb #a65ba747
+# %% ../nbs/cli.ipynb #0bc2fc91
 def _natural(text: str) -> int:
     "A whole number from 1 up."
     if not text.isdecimal() or len(text) > 9 or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 up')
@@ -339,7 +353,7 @@ def make_parser() -> argparse.ArgumentParser:
                             '  fishnet-nb test results/quick     its errors and pictures')
     parser.add_argument('--version', action='version', version=f'fishnet_nb {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
-    for add in (_add_fit, _add_test, _add_predict, _add_export, _add_summary, _add_data, _add_reproduce): add(commands)
+    for add in (_add_fit, _add_test, _add_predict, _add_export, _add_summary, _add_bench, _add_data, _add_reproduce): add(commands)
     return parser
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
@@ -374,11 +388,24 @@ def _add_summary(commands: argparse._SubParsersAction) -> None:
     summary = _add(commands, _run_summary, 'fishnet-nb summary fishnet99', 'fishnet-nb summary fishnet99 --widths 32 64 128 256 --num-classes 100',
                    'fishnet-nb summary fishnet73 --widths 16 32 64 --tail 1 1 2 --k 4')
     summary.add_argument('model', metavar='MODEL', help='fishnet73, fishnet99, fishnet150 or resnet50')
-    summary.add_argument('--widths', metavar='N', type=_natural, nargs='+', help='channels of the stem and of each next stage of the tail')
-    summary.add_argument('--tail', metavar='N', type=_natural, nargs='+', help='residual blocks of each stage of the tail, as many numbers as --widths has')
-    summary.add_argument('--k', metavar='N', type=_natural, help='by how much each stage of the body divides its channels')
+    _add_sizes(summary)
     for name, default, what in ('num-classes', 10, 'classes'), ('in-channels', 3, 'channels of the image'), ('input-size', 32, 'side of the image, px'):
         summary.add_argument(f'--{name}', metavar='N', type=_natural, default=default, help=f'{what}; {default} by default')
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    "The command `bench`."
+    bench = _add(commands, _run_bench, 'fishnet-nb bench fishnet99', 'fishnet-nb bench fishnet73 --widths 16 32 64 128 --batch-size 125 --name thin')
+    bench.add_argument('model', metavar='MODEL', help='fishnet73, fishnet99, fishnet150 or resnet50')
+    _add_sizes(bench)
+    bench.add_argument('--batch-size', metavar='N', type=_natural, nargs='+', default=[32, 128], help='images of a step, one number or more; 32 and 128 by default')
+    bench.add_argument('--rounds', metavar='N', type=_natural, default=5, help='rounds of each setting, a second or more each; 5 by default')
+    bench.add_argument('--name', help="the record's name in results/bench; the model's by default")
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    "What changes the size of a model."
+    parser.add_argument('--widths', metavar='N', type=_natural, nargs='+', help='channels of the stem and of each next stage of the tail')
+    parser.add_argument('--tail', metavar='N', type=_natural, nargs='+', help='residual blocks of each stage of the tail, as many numbers as --widths has')
+    parser.add_argument('--k', metavar='N', type=_natural, help='by how much each stage of the body divides its channels')
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
     "The command `data`."

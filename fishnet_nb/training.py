@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'make_metrics', 'summarise', 'Classifier', 'list_recipes', 'recipe_path', 'has_fast_bf16', 'RecipeCLI',
-           'write_atomically', 'AtomicCheckpointIO', 'describe_device', 'read_metrics', 'RunRecorder', 'read_record',
-           'results_table', 'read_checkpoint', 'load_classifier', 'run_folder', 'quiet_lightning', 'fit']
+           'write_atomically', 'AtomicCheckpointIO', 'device_name', 'describe_device', 'code_commit',
+           'package_versions', 'read_metrics', 'RunRecorder', 'read_record', 'results_table', 'read_checkpoint',
+           'load_classifier', 'run_folder', 'quiet_lightning', 'fit']
 
 # %% ../nbs/07_training.ipynb #44640f81
 import csv
@@ -187,15 +188,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(f'{path} could not be written ({str(error).splitlines()[0]}); the previous checkpoint is intact: make room, then resume') from error
         finally: scratch.unlink(missing_ok=True)
 
-# %% ../nbs/07_training.ipynb #c0c9527d
+# %% ../nbs/07_training.ipynb #bb9101ed
+def device_name(
+    device: torch.device,  # a GPU or the CPU
+) -> str:
+    "The card, or the processor and the threads that PyTorch uses on it."
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_cpu_name()}, {threads} thread{"s" if threads > 1 else ""}'
+
 def describe_device(
     trainer: Trainer,  # after its setup
 ) -> str:
     "What the run ran on: the card or the processor, how many, and the precision."
-    device, n = trainer.strategy.root_device, trainer.world_size
-    threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_cpu_name()}, {threads} thread{"s" if threads > 1 else ""}'
-    return f'{f"{n} × " if n > 1 else ""}{name}, {trainer.precision}'
+    n = trainer.world_size
+    return f'{f"{n} × " if n > 1 else ""}{device_name(trainer.strategy.root_device)}, {trainer.precision}'
 
 def _cpu_name() -> str:
     "The processor's name, and its matrix unit if it has one."
@@ -203,14 +209,14 @@ def _cpu_name() -> str:
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
     return name + (' with AMX' if torch.cpu.get_capabilities().get('amx_bf16') else '')
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
     "The commit of the checkout that the library runs from, '+changes' if it differs from it; None outside a checkout."
     def git(*args): return subprocess.run(['git', '-C', str(files('fishnet_nb')), *args], capture_output=True, text=True, timeout=20)
     try: head, status = git('rev-parse', '--short', 'HEAD'), git('status', '--porcelain', '--untracked-files=no', '--', '.')
     except (OSError, subprocess.TimeoutExpired): return None
     return head.stdout.strip() + ('+changes' if status.stdout.strip() else '') if head.returncode == 0 else None
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     "Versions of what a result depends on."
     packages = ('fishnet_nb', 'torch', 'torchvision', 'pytorch-lightning', 'torchmetrics', 'albumentations', 'numpy')
     return {'python': platform.python_version()} | {name: version(name) for name in packages}
@@ -380,7 +386,7 @@ def _has_bar() -> bool:
     "Whether a progress bar can be seen: in a terminal or a notebook."
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
-# %% ../nbs/07_training.ipynb #13eb70ef
+# %% ../nbs/07_training.ipynb #1c4eac68
 def _parse(
     config: Path,  # a recipe, or the config.yaml of a run
     args: ArgsType,  # what is changed in it
@@ -421,8 +427,8 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     "Train, test and record."
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     config = json.loads(cli.parser.dump(cli.config, format='json', skip_link_targets=False))
-    record = dict(name=folder.name, recipe=recipe, hparams=config, seed=cli.config.seed_everything, data=data.data_info(), commit=_commit(),
-                  versions=_versions(), started=datetime.now(timezone.utc).strftime('%Y-%m-%d'), **_size(model))
+    record = dict(name=folder.name, recipe=recipe, hparams=config, seed=cli.config.seed_everything, data=data.data_info(), commit=code_commit(),
+                  versions=package_versions(), started=datetime.now(timezone.utc).strftime('%Y-%m-%d'), **_size(model))
     recorder = RunRecorder(folder, record)
     trainer.callbacks = [*trainer.callbacks, *_callbacks(folder, recorder)]
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()

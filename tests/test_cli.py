@@ -63,7 +63,7 @@ def inside(work, monkeypatch) -> Path:
 
 def test_help_teaches_and_imports_nothing_heavy():
     out = command('--help').stdout
-    for name in ('fit', 'test', 'predict', 'export', 'summary', 'data', 'reproduce'):
+    for name in ('fit', 'test', 'predict', 'export', 'summary', 'bench', 'data', 'reproduce'):
         assert f'  {name} ' in out or f'  {name}\n' in out
         done = command(name, '--help')
         assert done.returncode == 0 and f'\nexamples:\n  fishnet-nb {name} ' in done.stdout
@@ -73,12 +73,12 @@ def test_help_teaches_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize('args, message', [
-    ([], 'COMMAND'), (['fitt'], 'did you mean fit?'), (['xyz'], 'there are fit, test, predict, export, summary, data, reproduce'), (["it's\n"], 'there is no command'),
+    ([], 'COMMAND'), (['fitt'], 'did you mean fit?'), (['xyz'], 'there are fit, test, predict, export, summary, bench, data, reproduce'), (["it's\n"], 'there is no command'),
     (['fit'], 'RECIPE'), (['--nonsense'], 'COMMAND'), (['summary'], 'MODEL'), (['summary', 'fishnet99', '--widht', '64'], 'did you mean --widths?'),
     (['summary', 'fishnet99', '--widths', '64', 'x'], "'x' is not a whole number"), (['summary', 'fishnet99', '--widths'], 'expected at least one'),
     (['summary', 'fishnet99', '--k', '0'], "'0' is not a whole number"), (['summary', 'fishnet99', '--k', '²'], 'not a whole number'),
     (['summary', 'fishnet99', 'extra'], 'unknown: extra'), (['summary', 'fishnet99', '--num', '3'], 'did you mean --num-classes?'),
-    (['predict', 'a.png'], 'a.png is not there'), (['predict', '--checkpoint', 'x'], 'IMAGE'), (['export'], 'RUN'), (['data', '--download', '--shapes'], 'not allowed with'),
+    (['predict', 'a.png'], 'a.png is not there'), (['predict', '--checkpoint', 'x'], 'IMAGE'), (['export'], 'RUN'), (['bench'], 'MODEL'), (['bench', 'fishnet99', '--rounds', '0'], 'not a whole number'), (['data', '--download', '--shapes'], 'not allowed with'),
     (['reproduce', 'x', '--tolerance', 'nan'], 'from 0 to 1'), (['test', 'x', '--resume'], 'unknown: --resume')])
 def test_wrongly_typed(args, message): refused(message, *args)
 
@@ -91,7 +91,7 @@ def test_wrongly_typed(args, message): refused(message, *args)
     (['summary', 'fishnet99', '--widths', '64', '128', '256', '511'], 'b3'), (['summary', 'fishnet99', '--input-size', '20'], '20'), (['data'], '--download'),
     (['test', 'no-such-run'], 'there are tiny'), (['test', 'kept'], 'without checkpoints'), (['test', 'garbage.ckpt'], 'garbage.ckpt'), (['test', 'results'], 'neither'),
     (['test', 'tiny', '--data', 'nowhere'], 'nowhere'), (['predict', 'x.png', '--checkpoint', 'none.ckpt'], 'none.ckpt'), (['predict', 'x.png', '--checkpoint', 'garbage.safetensors'], 'holds no weights'),
-    (['export', 'kept'], 'without checkpoints'), (['export', 'tiny', '--out', 'x.pt'], '.safetensors'), (['export', 'tiny', '--out', 'no/x.safetensors'], 'make it first'), (['reproduce', 'nothing'], 'nothing'),
+    (['bench', 'fishnet98'], 'fishnet99'), (['export', 'kept'], 'without checkpoints'), (['export', 'tiny', '--out', 'x.pt'], '.safetensors'), (['export', 'tiny', '--out', 'no/x.safetensors'], 'make it first'), (['reproduce', 'nothing'], 'nothing'),
     (['reproduce', 'garbage'], 'not a run record'), (['reproduce', 'half'], 'not a whole run record'), (['reproduce', 'list'], 'not a whole run record'),
     (['reproduce', 'stopped'], 'interrupted'), (['reproduce', 'otherdata'], '--other-data')])
 def test_given_wrongly(inside, capsys, args, message):
