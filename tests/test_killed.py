@@ -1,7 +1,11 @@
-"A run that is killed again and again."
+"A run that is killed again and again, and one whose disk is full."
 import random
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 from fishnet_nb.training import read_checkpoint, read_metrics, read_record
 
@@ -33,3 +37,39 @@ def test_run_killed_twenty_times_equals_one_that_was_not(tmp_path):
 
 def wait_until(happens: Callable[[], bool]) -> None:
     while not happens(): time.sleep(.0005)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    "A disk of 3 MB."
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', disk], capture_output=True).returncode: pytest.skip('a small disk can be mounted by root only')
+    yield disk
+    subprocess.run(['umount', '--lazy', disk], check=True)
+
+
+def test_full_disk_leaves_a_run_that_goes_on(tmp_path, small_disk):
+    (tmp_path/'data').mkdir()  # for the shapes
+    (tmp_path/'results').symlink_to(small_disk)
+    process = start(tmp_path, '--trainer.max_epochs=1000', '--trainer.limit_train_batches=2', *TINY)
+    checkpoints = small_disk/'quick'/'checkpoints'
+    wait_until(lambda: process.poll() is not None or (checkpoints/'last.ckpt').exists())
+    fill(small_disk/'filler')
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and len(err.splitlines()) == 1, err
+    assert 'No space left' in err or 'could not be written' in err, err
+    for path in checkpoints.iterdir(): assert read_checkpoint(path)['state_dict']
+    (small_disk/'filler').unlink()
+    n = len(figures(small_disk/'quick'))
+    finish(start(tmp_path, '--name=quick', '--resume', f'--trainer.max_epochs={n + 2}'))
+    assert len(figures(small_disk/'quick')) == n + 2
+
+
+def fill(path: Path) -> None:
+    "Write until the disk is full, and go on for a while, should something be deleted."
+    with open(path, 'wb', buffering=0) as file:
+        for _ in range(200):
+            try:
+                while True: file.write(b'0'*1000)
+            except OSError: time.sleep(.01)
