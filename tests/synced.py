@@ -1,4 +1,4 @@
-"The command line with a SyncBatchNorm that works on CPUs, too; PyTorch's own wants GPUs."
+"The command line with a batch norm that is synchronised on CPUs; PyTorch's SyncBatchNorm wants GPUs."
 import sys
 
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.nn.functional import all_reduce
 from fishnet_nb.cli import main
 
 
-def forward(self: nn.SyncBatchNorm, x: Tensor) -> Tensor:  # [N, C, H, W], the same N on all ranks
+def forward(self: nn.BatchNorm2d, x: Tensor) -> Tensor:  # [N, C, H, W], the same N on all ranks
     "Batch norm with the mean and variance of the images of all ranks."
     if not self.training: return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
     mean, square = all_reduce(torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))]))/dist.get_world_size()
@@ -23,5 +23,5 @@ def forward(self: nn.SyncBatchNorm, x: Tensor) -> Tensor:  # [N, C, H, W], the s
 
 
 if __name__ == '__main__':
-    nn.SyncBatchNorm.forward = forward
+    nn.BatchNorm2d.forward = forward
     sys.exit(main())

@@ -47,7 +47,7 @@ def test_two_ranks_train_and_count_each_image_once(work):
 def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
     "Batch norm synchronised, the curves and the test errors are the same, but for rounding."
     args = [*TINY, '--trainer.max_epochs=2', '--trainer.limit_train_batches=6', '--trainer.accelerator=cpu', '--model.lr=0.01', '--model.schedule=step']
-    ranks = ['--trainer.devices=2', '--trainer.strategy=ddp', '--trainer.sync_batchnorm=true', '--data.batch_size=16', '--trainer.limit_val_batches=4']
+    ranks = ['--trainer.devices=2', '--trainer.strategy=ddp', '--data.batch_size=16', '--trainer.limit_val_batches=4']
     finish(start(work, '--name=whole', *args))
     finish(start(work, '--name=halves', *args, *ranks, program=[str(Path(__file__).with_name('synced.py'))]))
     for whole, halves in zip(*(read_metrics(work/'results'/name/'metrics.csv') for name in ('whole', 'halves')), strict=True):
