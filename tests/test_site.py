@@ -235,11 +235,14 @@ def lab(tmp_path_factory) -> str:
 
 @needs_chromium
 def test_run_all_in_jupyterlab(chromium, lab):
-    "A reader opens the page on channels, runs all of it, and changes the widths."
+    "A reader finds the notebooks in reading order, opens the page on channels, runs all of it, and changes the widths."
     context = chromium.new_context(viewport=dict(width=1400, height=1000))
     page = context.new_page()
     page.goto(f'{lab}lab/tree/nbs/05_channels.ipynb?token=t')
     page.locator('.jp-NotebookPanel .jp-Toolbar-kernelName', has_text='Python').wait_for(timeout=60_000)
+    page.locator('.jp-DirListing-itemText', has_text='10_speed').wait_for(timeout=60_000)
+    listed = [name for name in page.locator('.jp-DirListing-itemText').all_inner_texts() if name.endswith('.ipynb')]
+    assert listed == sorted(path.name for path in (ROOT/'nbs').glob('*.ipynb')) and listed[0] == '00_review.ipynb'
     page.locator('.lm-MenuBar-itemLabel', has_text='Run').click()
     page.locator('.lm-Menu-itemLabel', has_text=re.compile('^Run All Cells$')).click()
     page.locator('.widget-text input').wait_for(timeout=120_000)
