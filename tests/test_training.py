@@ -23,7 +23,7 @@ def work(tmp_path_factory) -> Path:
 
 def test_killed_and_resumed_run_equals_one_that_was_not(work):
     args = [*TINY, '--trainer.max_epochs=4', '--trainer.limit_train_batches=20', '--data.on_device=true', '--data.augment=standard', '--data.cutout_px=8',
-            '--model.small_epochs=1', '--model.mirror=true', '--trainer.callbacks=pytorch_lightning.callbacks.EMAWeightAveraging', '--trainer.callbacks.decay=0.9']
+            '--model.mirror=true', '--trainer.callbacks=pytorch_lightning.callbacks.EMAWeightAveraging', '--trainer.callbacks.decay=0.9']
     finish(start(work, '--name=straight', *args))
     for name, stop in ('killed', signal.SIGKILL), ('terminated', signal.SIGTERM), ('interrupted', signal.SIGINT):
         process = start(work, f'--name={name}', *args)
