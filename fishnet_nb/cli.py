@@ -309,11 +309,11 @@ def _repeatable(
     try:
         if record['status'] != 'finished': raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
         hparams, _ = record['hparams'], (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
-        own = [('callbacks', hparams['trainer'].get('callbacks')), ('enable_progress_bar', True)]  # the run's, and the terminal's
+        augment = {True: 'student', False: 'none'}.get(hparams['data']['augment'], hparams['data']['augment'])  # the first records only say whether
         config = {'seed_everything': hparams['seed_everything'],
                   'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
-                  'data': {key: value for key, value in hparams['data'].items() if key != 'seed'},  # follows from the seed of all
-                  'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and (key, value) not in own}}
+                  'data': {key: value for key, value in hparams['data'].items() if key != 'seed'} | {'augment': augment},  # follows from the seed of all
+                  'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and (key, value) != ('enable_progress_bar', True)}}  # a terminal's
         if not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
         return Path(record['name']).name, Path(record['recipe']).name, config
     except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type') from None

@@ -125,10 +125,10 @@ class Classifier(LightningModule):
         for key, value in summarise(self.metrics[f'{stage}_metrics']).items(): self.log(f'{stage}_{key}', value, prog_bar=key in ('loss', 'top1_error'))
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        "ValueError if the one-cycle schedule of the run that is resumed had another number of steps."
-        planned = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), None)
-        if self.trainer.training and planned not in (None, n := int(self.trainer.estimated_stepping_batches)):
-            raise ValueError(f'the one-cycle schedule of this run has {planned} steps, and now there would be {n}: resume it without other changes to epochs or batches, or start a new run')
+        "ValueError if a run is resumed for more steps than its one-cycle schedule has."
+        planned = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), math.inf)
+        if self.trainer.training and (n := int(self.trainer.estimated_stepping_batches)) > planned:
+            raise ValueError(f'the one-cycle schedule of this run ends after {planned} steps, and now there would be {n}: resume it without more epochs or smaller batches, or start a new run')
 
     def configure_optimizers(self) -> dict:
         h = self.hparams

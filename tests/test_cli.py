@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fishnet_nb.cli import main
-from fishnet_nb.training import read_metrics
+from fishnet_nb.cli import _repeatable, main
+from fishnet_nb.training import read_metrics, read_record
 
 # a very thin FishNet on a few synthetic shapes
 TINY = ['--data.data=shapes', '--data.batch_size=32', '--data.num_workers=0', '--model.arch_args.widths=[8, 16]', '--model.arch_args.tail=[1, 1]',
@@ -204,6 +204,16 @@ def test_a_record_is_reproduced(inside, capsys):
     assert main(['reproduce', 'other', '--other-data', '--tolerance', '0.01']) == 1
     found = capsys.readouterr()
     assert 'not reproduced' in found.out and 'note: other was trained on' in found.err
+
+
+def test_all_that_a_record_names_is_repeated():
+    record = read_record(Path(__file__).parent.parent/'results'/'quick')
+    averaged = [{'class_path': 'pytorch_lightning.callbacks.EMAWeightAveraging', 'init_args': {'decay': .9}}]
+    hparams = record['hparams'] | {'trainer': record['hparams']['trainer'] | {'callbacks': averaged}}
+    assert _repeatable(record | {'hparams': hparams}, 'quick')[2]['trainer']['callbacks'] == averaged
+    for said, meant in (False, 'none'), (True, 'student'), ('standard', 'standard'):  # the first records say whether, not which
+        hparams = record['hparams'] | {'data': record['hparams']['data'] | {'augment': said}}
+        assert _repeatable(record | {'hparams': hparams}, 'quick')[2]['data']['augment'] == meant
 
 
 def test_ctrl_c_leaves_a_run_that_the_printed_command_resumes(work):
