@@ -18,7 +18,7 @@ os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'  # or importing albumentations asks
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 import hashlib
 import math
 import pickletools
@@ -418,7 +418,7 @@ class _Cutout(A.ImageOnlyTransform):
         self.side_px = side_px
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
-        return dict(zip(('top', 'left'), (self.py_random.randrange(side) - self.side_px//2 for side in params['shape'][:2])))
+        return {name: self.py_random.randrange(side) - self.side_px//2 for name, side in zip(('top', 'left'), params['shape'])}
 
     def apply(self, img: np.ndarray, top: int, left: int, **_) -> np.ndarray:
         img = img.copy()
@@ -539,6 +539,10 @@ class Draws(NamedTuple):
     alpha: Tensor | None = None  # float32[N, 3], FancyPCA's factors; three zeros for an image that keeps its colours
     hole: Tensor | None = None  # float32[N, 2], row and column of the centre of the square that is cut out
 
+    def each(self, action: Callable[[Tensor], Tensor]) -> 'Draws':
+        "`action` of each part that is there."
+        return Draws(*(part if part is None else action(part) for part in self))
+
 def draw(
     augment: str,  # 'none', 'student' or 'standard'
     cutout_px: int,  # side of the square that is cut out; 0: none
@@ -546,20 +550,19 @@ def draw(
     side_px: int,  # of an image
     *key: int,  # the draws depend on it alone
 ) -> Draws:
-    "The draws for `n` images, each independent of the others. Raises ValueError."
+    "What `train_transform` would draw for each of `n` images. Raises ValueError."
     _check_augment(augment, cutout_px)
     rng = np.random.Generator(np.random.PCG64(key))
-    u = rng.random((n, 7), np.float32)
-    alpha = rng.normal(0, .1, (n, 3))*(u[:, :1] < .5)
-    side = np.rint(np.sqrt((.5 + .5*u[:, 1])*side_px**2)) if augment == 'student' else np.full(n, side_px)
-    corner = np.floor(u[:, 2:4]*(side_px - side + 1)[:, None]) if augment == 'student' else np.floor(9*u[:, 2:4]) - 4
-    drawn = {} if augment == 'none' else dict(side=side, corner=corner, is_flipped=u[:, 4] < .5)
-    if augment == 'student': drawn |= dict(alpha=alpha)
-    if cutout_px: drawn |= dict(hole=np.floor(side_px*u[:, 5:7]))
+    u, alpha, is_recoloured = rng.random((n, 6), np.float32), rng.normal(0, .1, (n, 3)), rng.random((n, 1)) < .5
+    side = np.full(n, side_px) if augment != 'student' else np.rint(np.sqrt((.5 + .5*u[:, 0])*side_px**2))
+    shift_px = 4 if augment == 'standard' else 0
+    corner = np.floor((side_px - side + 2*shift_px + 1)[:, None]*u[:, 1:3]) - shift_px
+    drawn = {} if augment == 'none' else dict(side=side, corner=corner, is_flipped=u[:, 3] < .5)
+    if augment == 'student': drawn |= dict(alpha=np.where(is_recoloured, alpha, 0))
+    if cutout_px: drawn |= dict(hole=np.floor(side_px*u[:, 4:6]))
     return Draws(**{name: torch.from_numpy(values if values.dtype == bool else values.astype(np.float32)) for name, values in drawn.items()})
 
-
-# %% ../nbs/01_data.ipynb #3f7cb94c
+# %% ../nbs/01_data.ipynb #db6e1e95
 def _crop(
     x: Tensor,  # float32[B, 3, S, S], from 0 to 255
     drawn: Draws,  # for these B images
@@ -571,19 +574,21 @@ def _crop(
     columns = torch.where(drawn.is_flipped[:, None], columns.flip(1), columns)
     rows, columns = ((last - (last - at.abs()).abs())*2/last - 1 for at in (rows, columns))  # reflected, then from -1 to 1
     grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), dim=3)
-    return F.grid_sample(x, grid, padding_mode='border', align_corners=True).round()
+    return F.grid_sample(x, grid, padding_mode='border', align_corners=True).round_()
 
+# %% ../nbs/01_data.ipynb #dae0e4f2
 def _fancy_pca(
     x: Tensor,  # float32[B, 3, H, W], from 0 to 255
     alpha: Tensor,  # float32[B, 3]
 ) -> Tensor:  # the same
     "Colours shifted along the principal axes of each image's own colours, as albumentations does it. Whole grey levels."
-    colours = x.flatten(2)/255
-    colours = colours - colours.mean(2, keepdim=True)
-    variances, axes = (part.flip(-1) for part in torch.linalg.eigh(colours @ colours.mT/(colours.shape[2] - 1)))  # largest first
-    noise = axes*(alpha*variances)[:, None] @ colours
-    return (x + 255*noise.view_as(x)).clamp(0, 255).round()
+    pixels = x.flatten(2)
+    centred = pixels - pixels.mean(2, keepdim=True)
+    covariance = centred @ centred.mT/(pixels.shape[2] - 1)/255**2  # of colours from 0 to 1
+    variances, axes = (part.flip(-1) for part in torch.linalg.eigh(covariance))  # the largest first
+    return torch.baddbmm(pixels, axes*(alpha*variances)[:, None], centred).clamp_(0, 255).round_().view_as(x)
 
+# %% ../nbs/01_data.ipynb #6834d0a6
 def _keep(
     hole: Tensor,  # float32[B, 2]
     cutout_px: int,  # side of the square
@@ -604,9 +609,8 @@ def augment_batch(
     if drawn.side is not None: x = _crop(x, drawn)
     if drawn.alpha is not None: x = _fancy_pca(x, drawn.alpha)
     mean, std = (255*torch.tensor(part, device=x.device).view(3, 1, 1) for part in (CIFAR_MEAN, CIFAR_STD))
-    x = (x - mean)*std.reciprocal()  # to the bit as albumentations does it
-    return x if drawn.hole is None else x*_keep(drawn.hole, cutout_px, x.shape[-1])
-
+    x.sub_(mean).mul_(std.reciprocal())  # to the bit as albumentations does it
+    return x if drawn.hole is None else x.mul_(_keep(drawn.hole, cutout_px, x.shape[-1]))
 
 # %% ../nbs/01_data.ipynb #565096c8
 class DeviceDataset(Dataset):
@@ -628,8 +632,8 @@ class DeviceDataset(Dataset):
     def _draws(self, epoch: int) -> Draws:
         "Those of an epoch, for all images."
         if epoch not in self.drawn:
-            drawn = draw(self.augment, self.cutout_px, len(self), self.images.shape[-1], self.seed, epoch, 1)
-            self.drawn = {epoch: Draws(*(None if part is None else part.to(self.images.device) for part in drawn))}
+            drawn = draw(self.augment, self.cutout_px, len(self), self.images.shape[-1], self.seed, epoch, 1)  # 1: the order has (seed, epoch)
+            self.drawn = {epoch: drawn.each(lambda part: part.to(self.images.device))}
         return self.drawn[epoch]
 
     def __getitems__(
@@ -638,7 +642,7 @@ class DeviceDataset(Dataset):
     ) -> dict:  # img, label
         "The images of a batch, augmented and normalised, and their labels."
         rows = torch.tensor([i for _, i in batch], device=self.images.device)
-        drawn = Draws(*(None if part is None else part[rows] for part in self._draws(batch[0][0])))
+        drawn = self._draws(batch[0][0]).each(lambda part: part[rows])
         return dict(img=augment_batch(self.images[rows], drawn, self.cutout_px), label=self.labels[rows])
 
 
@@ -701,11 +705,11 @@ class CIFARDataModule(LightningDataModule):
         return DataLoader(dataset, size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
     def _dataset(self, images: np.ndarray, labels: np.ndarray, augment: str = 'none', cutout_px: int = 0) -> CIFARDataset | DeviceDataset:
-        "The images one by one, or by the batch on the device that trains if that is a GPU of CUDA's kind, else on the CPU."
+        "The images one by one, or by the batch on the GPU that trains, else on the CPU."
         seed = self.hparams.seed
         if not self.hparams.on_device: return CIFARDataset(images, labels, train_transform(augment, cutout_px), seed)
         device = self.trainer.strategy.root_device if self.trainer else torch.device('cpu')
-        return DeviceDataset(images, labels, augment, cutout_px, seed, device if device.type == 'cuda' else 'cpu')
+        return DeviceDataset(images, labels, augment, cutout_px, seed, device if device.type == 'cuda' else 'cpu')  # others lack eigh
 
     def _part(self, rows: np.ndarray, **how) -> CIFARDataset | DeviceDataset:
         "Those of the training images."

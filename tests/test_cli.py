@@ -86,7 +86,7 @@ def test_wrongly_typed(args, message): refused(message, *args)
 @pytest.mark.parametrize('args, message', [
     (['fit', 'quik'], 'did you mean'), (['fit', 'none.yaml'], 'none.yaml is missing'), (['fit', 'quick', '--trainer.max_epoch=3'], 'did you mean --trainer.max_epochs?'),
     (['fit', 'quick', '--nmae', 'x'], 'did you mean --name?'), (['fit', 'quick', '--model.lr=fast'], 'lr'), (['fit', 'quick', '--trainer.accelerator=gpus'], 'gpus'),
-    (['fit', 'quick', '--model.arch=fishnet98'], 'did you mean'), (['fit', 'quick', '--name', 'never', '--resume'], 'no run to resume'),
+    (['fit', 'quick', '--data.augment=foo'], "'student', 'standard'"), (['fit', 'quick', '--model.arch=fishnet98'], 'did you mean'), (['fit', 'quick', '--name', 'never', '--resume'], 'no run to resume'),
     (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), (['summary', 'fishnet98'], 'fishnet99'), (['summary', 'resnet50', '--k', '2'], 'no argument k'),
     (['summary', 'fishnet99', '--widths', '64', '128', '256', '511'], 'b3'), (['summary', 'fishnet99', '--input-size', '20'], '20'), (['data'], '--download'),
     (['test', 'no-such-run'], 'there are tiny'), (['test', 'kept'], 'without checkpoints'), (['test', 'garbage.ckpt'], 'garbage.ckpt'), (['test', 'results'], 'neither'),

@@ -384,14 +384,14 @@ class Watch(pl.LightningModule):
     def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 1e-3)
 
 
-def watch(folder, epochs, workers=0, ckpt=None, callbacks=()):
+def watch(folder, epochs, workers=0, ckpt=None, callbacks=(), **how):
     "What a run of so many epochs sees, and its trainer."
     trainer = pl.Trainer(accelerator='cpu', max_epochs=epochs, logger=False, callbacks=list(callbacks), enable_checkpointing=bool(callbacks),
                          enable_progress_bar=False, enable_model_summary=False)
     model = Watch()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        trainer.fit(model, datamodule=CIFARDataModule(str(folder), batch_size=5, num_workers=workers), ckpt_path=ckpt)
+        trainer.fit(model, datamodule=CIFARDataModule(str(folder), batch_size=5, num_workers=workers, **how), ckpt_path=ckpt)
     return model.seen, trainer
 
 
@@ -401,15 +401,42 @@ def test_workers_change_nothing(folder):
     assert whole == watch(folder, 3, workers=2)[0]
 
 
-@pytest.mark.parametrize('workers', (0, 2))
+@pytest.mark.parametrize('workers, how', [(0, {}), (2, {}), (0, dict(on_device=True)), (0, dict(on_device=True, augment='standard', cutout_px=8))])
 @pytest.mark.parametrize('saved', ('after validation', 'at the end of the epoch', 'after training'))
-def test_resume_sees_what_an_unbroken_run_sees(folder, tmp_path, saved, workers):
-    whole, _ = watch(folder, 4, workers)
+def test_resume_sees_what_an_unbroken_run_sees(folder, tmp_path, saved, workers, how):
+    whole, _ = watch(folder, 4, workers, **how)
     keep = ModelCheckpoint(tmp_path, filename='kept', save_on_train_epoch_end=saved == 'at the end of the epoch')
-    before, trainer = watch(folder, 2, workers, callbacks=[keep])
+    before, trainer = watch(folder, 2, workers, callbacks=[keep], **how)
     if saved == 'after training': trainer.save_checkpoint(tmp_path/'kept.ckpt')
-    after, _ = watch(folder, 4, workers, ckpt=tmp_path/'kept.ckpt')
+    after, _ = watch(folder, 4, workers, ckpt=tmp_path/'kept.ckpt', **how)
+    assert len({sha for _, sha, _ in whole}) == len(whole)
     assert [seen[1:] for seen in before + after] == [seen[1:] for seen in whole]
+
+
+@pytest.mark.parametrize('augment, cutout_px', [(augment, px) for augment in data.AUGMENTATIONS for px in (0, 8)])
+def test_batches_on_the_device_have_the_images_of_the_others(folder, augment, cutout_px):
+    "For each rank, in training as in testing, the last batch included; and untouched images are the same to the bit."
+    for rank in range(3):
+        one, many = (CIFARDataModule(str(folder), batch_size=5, num_workers=0, augment=augment, cutout_px=cutout_px, on_device=on) for on in (False, True))
+        for part in ('train', 'val', 'test'):
+            loaders = [getattr(module, f'{part}_dataloader')() for module in (one, many)]
+            for loader in loaders: loader.sampler.rank, loader.sampler.num_replicas, loader.sampler.epoch = rank, 3, 1
+            batches, others = map(list, loaders)
+            assert [batch['label'].tolist() for batch in batches] == [batch['label'].tolist() for batch in others] and batches
+            for batch, other in zip(batches, others):
+                assert batch['img'].shape == other['img'].shape and batch['img'].dtype == other['img'].dtype
+                if part != 'train' or (augment, cutout_px) == ('none', 0): assert torch.equal(batch['img'], other['img'])
+
+
+def test_an_image_on_the_device_depends_on_seed_epoch_and_index_alone():
+    shapes = make_shapes(12)
+    make = lambda seed: data.DeviceDataset(shapes.images, shapes.labels, 'student', 8, seed)
+    one = make(1).__getitems__([(2, i) for i in range(12)])['img']
+    torch.manual_seed(0); np.random.seed(0)
+    two = make(1); two.__getitems__([(1, 0)])
+    for i in reversed(range(12)): assert torch.allclose(two.__getitems__([(2, i)])['img'][0], one[i], atol=1e-6)
+    for other in (make(2), 2), (make(1), 3): assert not torch.equal(other[0].__getitems__([(other[1], i) for i in range(12)])['img'], one)
+    assert torch.equal(two.images, torch.from_numpy(shapes.images))
 
 
 @pytest.mark.parametrize('ranks', (1, 2, 3, 7))
@@ -451,7 +478,8 @@ def test_transforms_draw_independently():
     assert sum(counts) == 200 and min(counts) > 30
 
 
-@pytest.mark.parametrize('settings', [dict(batch_size=0), dict(val_fraction=1.), dict(val_fraction=-.1), dict(seed=-1), dict(num_workers=-1)])
+@pytest.mark.parametrize('settings', [dict(batch_size=0), dict(val_fraction=1.), dict(val_fraction=-.1), dict(seed=-1), dict(num_workers=-1),
+                                      dict(augment='strong'), dict(augment=True), dict(cutout_px=-1), dict(on_device=True, num_workers=2)])
 def test_data_module_settings(settings):
     with pytest.raises(ValueError, match=next(iter(settings))): CIFARDataModule('shapes', **settings)
 
