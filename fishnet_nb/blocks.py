@@ -88,7 +88,7 @@ def reduce_channels(
 ) -> Tensor:  # [N, C/k, H, W]
     "r(x) of Sun et al. 2018, eq. (8): the sum of each k adjacent channels. ValueError if k doesn't divide C."
     if k < 1 or x.shape[1] % k: raise ValueError(f'k={k} does not divide {x.shape[1]} channels: r(x) sums each k adjacent channels, so k must divide their number')
-    return x.unflatten(1, (-1, k)).sum(2)  # (8)  x̂(n) = Σ_{j<k} x(k·n + j)
+    return sum((x[:, j::k] for j in range(1, k)), start=x[:, ::k])  # (8)  x̂(n) = Σ_{j<k} x(k·n + j)
 
 # %% ../nbs/02_blocks.ipynb #60ce1164
 class UpRefine(nn.Module):

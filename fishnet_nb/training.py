@@ -74,6 +74,7 @@ class Classifier(LightningModule):
         weight_decay: float = 1e-4,  # of every parameter
         schedule: str = 'step',  # 'step': ÷10 every 30 epochs; 'onecycle': up for 30 % of the run and down to nothing
         label_smoothing: float = 0.0,  # of the training loss
+        mirror: bool = False,  # validate and test by the mean confidence of an image and its mirror image
         compile: bool = False,  # torch.compile the network; needs a C++ compiler on a CPU
     ):
         super().__init__()
@@ -84,8 +85,11 @@ class Classifier(LightningModule):
         self.metrics = nn.ModuleDict({f'{stage}_metrics': make_metrics(num_classes) for stage in ('train', 'val', 'test')})
 
     def forward(self, x: Tensor) -> Tensor:
-        "Class scores, [N, num_classes]."
-        return self.model(x.to(memory_format=torch.channels_last))
+        "Class scores, [N, num_classes]; outside training and with `mirror`, the logarithm of the mean confidence in the image and in its mirror image."
+        scores = self.model(x.to(memory_format=torch.channels_last))
+        if self.training or not self.hparams.mirror: return scores
+        mirrored = self.model(x.flip(3).contiguous(memory_format=torch.channels_last))
+        return torch.logaddexp(scores.float().log_softmax(1), mirrored.float().log_softmax(1)) - math.log(2)
 
     def on_fit_start(self) -> None:
         if self.hparams.compile: self.model.compile()
@@ -119,6 +123,12 @@ class Classifier(LightningModule):
     def _log(self, stage: str) -> None:
         "Log the epoch's figures, over all images of all ranks, and start afresh."
         for key, value in summarise(self.metrics[f'{stage}_metrics']).items(): self.log(f'{stage}_{key}', value, prog_bar=key in ('loss', 'top1_error'))
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        "ValueError if the one-cycle schedule of the run that is resumed had another number of steps."
+        planned = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), None)
+        if self.trainer.training and planned not in (None, n := int(self.trainer.estimated_stepping_batches)):
+            raise ValueError(f'the one-cycle schedule of this run has {planned} steps, and now there would be {n}: resume it without other changes to epochs or batches, or start a new run')
 
     def configure_optimizers(self) -> dict:
         h = self.hparams
