@@ -27,7 +27,7 @@ help:
 	@touch $@
 
 # with CIFAR-10 at hand the same recipe has two epochs on it, otherwise all of its epochs on the embedded shapes
-CIFAR_CHANGES := --data.data=cifar10 --data.batch_size=125 --data.augment=true --trainer.max_epochs=2
+CIFAR_CHANGES := --data.data=cifar10 --data.batch_size=125 --data.augment=student --trainer.max_epochs=2
 run: .venv/.installed
 	@rm -rf results/run
 	@if [ -n "$$FISHNET_DATA" ] || [ -e data/cifar-10-batches-py ]; then changes="$(CIFAR_CHANGES)"; fishnet-nb data --sheet results/run-images.png; \

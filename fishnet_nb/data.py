@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CIFAR_CLASSES', 'CIFAR_FOLDER', 'TRAIN_BATCHES', 'TEST_BATCH', 'META', 'CIFAR_URL',
-           'CIFAR_MD5', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'load_cifar', 'download_cifar', 'data_folder',
-           'data_sha256', 'load_data', 'is_official', 'describe_data', 'check_images', 'train_transform',
-           'test_transform', 'CIFARDataset', 'stratified_split', 'EpochSampler', 'CIFARDataModule']
+           'CIFAR_MD5', 'AUGMENTATIONS', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'load_cifar', 'download_cifar',
+           'data_folder', 'data_sha256', 'load_data', 'is_official', 'describe_data', 'check_images', 'train_transform',
+           'test_transform', 'CIFARDataset', 'stratified_split', 'EpochSampler', 'Draws', 'draw', 'augment_batch',
+           'DeviceDataset', 'CIFARDataModule']
 
 # %% ../nbs/01_data.ipynb #7a9be065
 import os
@@ -26,8 +27,10 @@ import tempfile
 import warnings
 
 from albumentations.pytorch import ToTensorV2
+from cv2 import BORDER_REFLECT_101
 from matplotlib.figure import Figure
 from pytorch_lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
@@ -37,6 +40,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from .shapes import SHAPE_CLASSES, SHAPES_SHA256, Shapes, write_shapes
 
@@ -400,12 +404,40 @@ def _to_tensor() -> list[A.BasicTransform]:
     "Normalisation by CIFAR-10's mean and standard deviation, and the step from array to tensor."
     return [A.Normalize(CIFAR_MEAN, CIFAR_STD), ToTensorV2()]
 
+AUGMENTATIONS = 'none', 'student', 'standard'
+
+def _check_augment(augment: str, cutout_px: int) -> None:
+    "Raises ValueError for an augmentation or a side that isn't there."
+    if augment not in AUGMENTATIONS or cutout_px < 0:
+        raise ValueError(f'{augment=}, {cutout_px=}: allowed are an augment of {", ".join(map(repr, AUGMENTATIONS))}, and a cutout_px from 0')
+
+class _Cutout(A.ImageOnlyTransform):
+    "Sets a square to 0. Each pixel is its centre with the same probability, so it may stick out of the image (DeVries & Taylor 2017)."
+    def __init__(self, side_px: int):
+        super().__init__(p=1)
+        self.side_px = side_px
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        return dict(zip(('top', 'left'), (self.py_random.randrange(side) - self.side_px//2 for side in params['shape'][:2])))
+
+    def apply(self, img: np.ndarray, top: int, left: int, **_) -> np.ndarray:
+        img = img.copy()
+        img[max(0, top):top + self.side_px, max(0, left):left + self.side_px] = 0
+        return img
+
 def train_transform(
-    size: int = 32,  # side of what comes out, px
+    augment: str = 'student',  # 'none', 'student': crop, flip, colour; or 'standard': shift by up to 4 px, flip
+    cutout_px: int = 0,  # side of a square that is set to the mean colour; 0: none
+    size: int = 32,  # side of what comes out, px; 'none' keeps the image's
 ) -> A.Compose:  # image=uint8[H, W, 3] -> dict(image=float32[3, size, size])
-    "The student implementation's augmentation, and normalisation."
-    crop = A.RandomResizedCrop((size, size), scale=(.5, 1), ratio=(1, 1))
-    return A.Compose([crop, A.HorizontalFlip(p=.5), A.FancyPCA(p=.5), *_to_tensor()])
+    "An augmentation of one image, and normalisation. Raises ValueError."
+    _check_augment(augment, cutout_px)
+    flip = A.HorizontalFlip(p=.5)
+    steps = {'none': [],
+             'student': [A.RandomResizedCrop((size, size), scale=(.5, 1), ratio=(1, 1)), flip, A.FancyPCA(alpha=.1, p=.5)],
+             'standard': [A.Pad(4, border_mode=BORDER_REFLECT_101), A.RandomCrop(size, size), flip]}[augment]
+    to_tensor = _to_tensor()
+    return A.Compose([*steps, to_tensor[0], *([_Cutout(cutout_px)] if cutout_px else []), *to_tensor[1:]])
 
 def test_transform() -> A.Compose:  # image=uint8[H, W, 3] -> dict(image=float32[3, H, W])
     "Normalisation alone."
@@ -498,6 +530,118 @@ def _auto_workers(
     spare = cores // processes - 1
     return min(8, spare) if spare > 1 else 0
 
+# %% ../nbs/01_data.ipynb #457e8577
+class Draws(NamedTuple):
+    "What chance decides for each of N images; None for what an augmentation doesn't do."
+    side: Tensor | None = None  # float32[N], of the crop, px
+    corner: Tensor | None = None  # float32[N, 2], row and column of its first pixel; from -4 on where the image is shifted
+    is_flipped: Tensor | None = None  # bool[N]
+    alpha: Tensor | None = None  # float32[N, 3], FancyPCA's factors; three zeros for an image that keeps its colours
+    hole: Tensor | None = None  # float32[N, 2], row and column of the centre of the square that is cut out
+
+def draw(
+    augment: str,  # 'none', 'student' or 'standard'
+    cutout_px: int,  # side of the square that is cut out; 0: none
+    n: int,  # images
+    side_px: int,  # of an image
+    *key: int,  # the draws depend on it alone
+) -> Draws:
+    "The draws for `n` images, each independent of the others. Raises ValueError."
+    _check_augment(augment, cutout_px)
+    rng = np.random.Generator(np.random.PCG64(key))
+    u = rng.random((n, 7), np.float32)
+    alpha = rng.normal(0, .1, (n, 3))*(u[:, :1] < .5)
+    side = np.rint(np.sqrt((.5 + .5*u[:, 1])*side_px**2)) if augment == 'student' else np.full(n, side_px)
+    corner = np.floor(u[:, 2:4]*(side_px - side + 1)[:, None]) if augment == 'student' else np.floor(9*u[:, 2:4]) - 4
+    drawn = {} if augment == 'none' else dict(side=side, corner=corner, is_flipped=u[:, 4] < .5)
+    if augment == 'student': drawn |= dict(alpha=alpha)
+    if cutout_px: drawn |= dict(hole=np.floor(side_px*u[:, 5:7]))
+    return Draws(**{name: torch.from_numpy(values if values.dtype == bool else values.astype(np.float32)) for name, values in drawn.items()})
+
+
+# %% ../nbs/01_data.ipynb #3f7cb94c
+def _crop(
+    x: Tensor,  # float32[B, 3, S, S], from 0 to 255
+    drawn: Draws,  # for these B images
+) -> Tensor:  # the same
+    "Each image's crop, scaled to the image's size and perhaps flipped; what lies outside the image is its reflection. Whole grey levels."
+    last = x.shape[-1] - 1
+    at = (torch.arange(.5, last + 1, device=x.device)/x.shape[-1]*drawn.side[:, None] - .5).clamp(min=0).minimum(drawn.side[:, None] - 1)
+    rows, columns = at + drawn.corner[:, :1], at + drawn.corner[:, 1:]
+    columns = torch.where(drawn.is_flipped[:, None], columns.flip(1), columns)
+    rows, columns = ((last - (last - at.abs()).abs())*2/last - 1 for at in (rows, columns))  # reflected, then from -1 to 1
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), dim=3)
+    return F.grid_sample(x, grid, padding_mode='border', align_corners=True).round()
+
+def _fancy_pca(
+    x: Tensor,  # float32[B, 3, H, W], from 0 to 255
+    alpha: Tensor,  # float32[B, 3]
+) -> Tensor:  # the same
+    "Colours shifted along the principal axes of each image's own colours, as albumentations does it. Whole grey levels."
+    colours = x.flatten(2)/255
+    colours = colours - colours.mean(2, keepdim=True)
+    variances, axes = (part.flip(-1) for part in torch.linalg.eigh(colours @ colours.mT/(colours.shape[2] - 1)))  # largest first
+    noise = axes*(alpha*variances)[:, None] @ colours
+    return (x + 255*noise.view_as(x)).clamp(0, 255).round()
+
+def _keep(
+    hole: Tensor,  # float32[B, 2]
+    cutout_px: int,  # side of the square
+    side_px: int,  # of an image
+) -> Tensor:  # bool[B, 1, S, S]
+    "False in the square, True elsewhere."
+    from_start = torch.arange(side_px, device=hole.device) - (hole - cutout_px//2)[:, :, None]
+    inside = (from_start >= 0) & (from_start < cutout_px)
+    return ~(inside[:, None, 0, :, None] & inside[:, None, 1, None, :])
+
+def augment_batch(
+    images: Tensor,  # uint8[B, 3, S, S]
+    drawn: Draws = Draws(),  # for these B images
+    cutout_px: int = 0,  # side of the square that is cut out, where `drawn` has a centre for it
+) -> Tensor:  # float32[B, 3, S, S]
+    "What `train_transform` makes of each image, given what chance decides; `test_transform` where it decides nothing."
+    x = images.float()
+    if drawn.side is not None: x = _crop(x, drawn)
+    if drawn.alpha is not None: x = _fancy_pca(x, drawn.alpha)
+    mean, std = (255*torch.tensor(part, device=x.device).view(3, 1, 1) for part in (CIFAR_MEAN, CIFAR_STD))
+    x = (x - mean)*std.reciprocal()  # to the bit as albumentations does it
+    return x if drawn.hole is None else x*_keep(drawn.hole, cutout_px, x.shape[-1])
+
+
+# %% ../nbs/01_data.ipynb #565096c8
+class DeviceDataset(Dataset):
+    "Images and labels on a device, by the batch: `dict(img=float32[B, 3, S, S], label=int64[B])`."
+    def __init__(
+        self,
+        images: np.ndarray,  # uint8[N, 3, S, S]
+        labels: np.ndarray,  # int64[N]
+        augment: str = 'none',  # 'none', 'student' or 'standard'
+        cutout_px: int = 0,  # side of a square that is cut out; 0: none
+        seed: int = 0,  # an image's draws depend on (seed, epoch, index)
+        device: str | torch.device = 'cpu',  # where the images lie
+    ):
+        self.images, self.labels = (torch.from_numpy(part).to(device) for part in (images, labels))
+        self.augment, self.cutout_px, self.seed, self.drawn = augment, cutout_px, seed, {}
+
+    def __len__(self) -> int: return len(self.labels)
+
+    def _draws(self, epoch: int) -> Draws:
+        "Those of an epoch, for all images."
+        if epoch not in self.drawn:
+            drawn = draw(self.augment, self.cutout_px, len(self), self.images.shape[-1], self.seed, epoch, 1)
+            self.drawn = {epoch: Draws(*(None if part is None else part.to(self.images.device) for part in drawn))}
+        return self.drawn[epoch]
+
+    def __getitems__(
+        self,
+        batch: list[tuple[int, int]],  # (epoch, index) of each image; the epoch is the same for all
+    ) -> dict:  # img, label
+        "The images of a batch, augmented and normalised, and their labels."
+        rows = torch.tensor([i for _, i in batch], device=self.images.device)
+        drawn = Draws(*(None if part is None else part[rows] for part in self._draws(batch[0][0])))
+        return dict(img=augment_batch(self.images[rows], drawn, self.cutout_px), label=self.labels[rows])
+
+
 # %% ../nbs/01_data.ipynb #8672586d
 class CIFARDataModule(LightningDataModule):
     "Batches `dict(img=float32[B, 3, 32, 32], label=int64[B])` of CIFAR-10, of shapes, or of any folder in CIFAR-10's layout."
@@ -508,13 +652,17 @@ class CIFARDataModule(LightningDataModule):
         val_fraction: float = 0.2,  # share of the training images that is kept for validation
         num_workers: int | None = None,  # loader processes; None: as the number of cores suggests
         seed: int = 42,  # of split, order and augmentation
-        augment: bool = True,  # `train_transform` for the training images, or `test_transform` for them too
+        augment: str = 'student',  # of the training images: 'none', 'student' or 'standard', see `train_transform`
+        cutout_px: int = 0,  # side of a square that is cut out of each training image; 0: none
+        on_device: bool = False,  # keep all images on the device that trains, and augment whole batches there
     ):
         super().__init__()
         data = str(data)
         if batch_size < 1 or not 0 <= val_fraction < 1 or seed < 0 or (num_workers or 0) < 0:
             raise ValueError(f'{batch_size=}, {val_fraction=}, {seed=}, {num_workers=}; allowed are a batch_size from 1, '
                              'a val_fraction from 0 to below 1, a seed from 0, and num_workers from 0 or None')
+        if on_device and num_workers: raise ValueError(f'{on_device=}, {num_workers=}: images on the device are loaded without processes; leave num_workers at 0 or None')
+        _check_augment(augment, cutout_px)
         self.save_hyperparameters(logger=False)
 
     @cached_property
@@ -543,22 +691,30 @@ class CIFARDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None: self.split
 
-    def _loader(self, dataset: CIFARDataset, training: bool = False) -> DataLoader:
+    def _loader(self, dataset: CIFARDataset | DeviceDataset, training: bool = False) -> DataLoader:
         "A loader that gives this rank its share."
         sampler = EpochSampler(len(dataset), self.hparams.batch_size, training, self.hparams.seed)
         size = self.hparams.batch_size if training else _even_batch_size(len(dataset), self.hparams.batch_size, sampler.num_replicas)
+        if self.hparams.on_device: return DataLoader(dataset, size, sampler=sampler, collate_fn=lambda batch: batch)
         workers = self.hparams.num_workers
         if workers is None: workers = _auto_workers(self.trainer.num_devices if self.trainer else 1)
         return DataLoader(dataset, size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
-    def _part(self, rows: np.ndarray, **how) -> CIFARDataset:
+    def _dataset(self, images: np.ndarray, labels: np.ndarray, augment: str = 'none', cutout_px: int = 0) -> CIFARDataset | DeviceDataset:
+        "The images one by one, or by the batch on the device that trains if that is a GPU of CUDA's kind, else on the CPU."
+        seed = self.hparams.seed
+        if not self.hparams.on_device: return CIFARDataset(images, labels, train_transform(augment, cutout_px), seed)
+        device = self.trainer.strategy.root_device if self.trainer else torch.device('cpu')
+        return DeviceDataset(images, labels, augment, cutout_px, seed, device if device.type == 'cuda' else 'cpu')
+
+    def _part(self, rows: np.ndarray, **how) -> CIFARDataset | DeviceDataset:
         "Those of the training images."
-        return CIFARDataset(self.cifar.train_images[rows], self.cifar.train_labels[rows], **how)
+        return self._dataset(self.cifar.train_images[rows], self.cifar.train_labels[rows], **how)
 
     def train_dataloader(self) -> DataLoader:
         "Shuffled; order and augmentation depend on (seed, epoch)."
-        how = dict(transform=train_transform(), seed=self.hparams.seed) if self.hparams.augment else {}
-        loader = self._loader(self._part(self.split[0], **how), training=True)
+        dataset = self._part(self.split[0], augment=self.hparams.augment, cutout_px=self.hparams.cutout_px)
+        loader = self._loader(dataset, training=True)
         if self.trainer is not None:  # a resumed run begins to load before Lightning tells the sampler the epoch
             loader.sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         return loader
@@ -569,7 +725,7 @@ class CIFARDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         "In order and complete."
-        return self._loader(CIFARDataset(self.cifar.test_images, self.cifar.test_labels))
+        return self._loader(self._dataset(self.cifar.test_images, self.cifar.test_labels))
 
     def data_info(self) -> dict:  # name, description, sha256, n_train, n_val, n_test
         "What a run record says about the data."

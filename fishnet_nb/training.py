@@ -74,24 +74,32 @@ class Classifier(LightningModule):
         weight_decay: float = 1e-4,  # of every parameter
         schedule: str = 'step',  # 'step': ÷10 every 30 epochs; 'onecycle': up for 30 % of the run and down to nothing
         label_smoothing: float = 0.0,  # of the training loss
+        small_epochs: int = 0,  # so many epochs at the start train on images of half the side
+        mirror: bool = False,  # validate and test by the mean confidence of an image and its mirror image
         compile: bool = False,  # torch.compile the network; needs a C++ compiler on a CPU
     ):
         super().__init__()
         for name, given, allowed in [('optimizer', optimizer, ('adam', 'sgd')), ('schedule', schedule, ('step', 'onecycle'))]:
             if given not in allowed: raise ValueError(f'{name}={given!r}: allowed are {", ".join(map(repr, allowed))}')
+        if small_epochs < 0: raise ValueError(f'{small_epochs=}: a number of epochs from 0 is needed')
         self.save_hyperparameters()
         self.model = create_model(arch, num_classes, in_channels, **(arch_args or {})).to(memory_format=torch.channels_last)
         self.metrics = nn.ModuleDict({f'{stage}_metrics': make_metrics(num_classes) for stage in ('train', 'val', 'test')})
 
     def forward(self, x: Tensor) -> Tensor:
-        "Class scores, [N, num_classes]."
-        return self.model(x.to(memory_format=torch.channels_last))
+        "Class scores, [N, num_classes]; outside training and with `mirror`, the logarithm of the mean confidence in the image and in its mirror image."
+        scores = self.model(x.to(memory_format=torch.channels_last))
+        if self.training or not self.hparams.mirror: return scores
+        mirrored = self.model(x.flip(3).contiguous(memory_format=torch.channels_last))
+        return torch.logaddexp(scores.float().log_softmax(1), mirrored.float().log_softmax(1)) - math.log(2)
 
     def on_fit_start(self) -> None:
-        if self.hparams.compile: self.model.compile()
+        if self.hparams.compile: self.model.compile(dynamic=False)  # one compilation for each size
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        scores, labels = self(batch['img']).float(), batch['label']
+        img, labels = batch['img'], batch['label']
+        if self.current_epoch < self.hparams.small_epochs: img = F.avg_pool2d(img, 2)
+        scores = self(img).float()
         loss = F.cross_entropy(scores, labels, label_smoothing=self.hparams.label_smoothing)
         self._update('train', scores, labels, loss)
         return loss

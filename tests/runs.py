@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fishnet_nb.training import read_metrics
@@ -14,10 +15,10 @@ TINY = ['--data.data=shapes', '--data.batch_size=32', '--model.arch_args.widths=
 FIGURES = ('epoch', 'lr', 'train_loss', 'train_f1', 'val_loss', 'val_f1', 'val_top1_error', 'val_top5_error')
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen:
+def start(folder: Path, *args: str, program: Sequence[str] = ('-m', 'fishnet_nb')) -> subprocess.Popen:
     "`fishnet-nb fit quick` with a tiny network in a process of its own."
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick', *args], cwd=folder, env=env, text=True,
+    return subprocess.Popen([sys.executable, *program, 'fit', 'quick', *args], cwd=folder, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 

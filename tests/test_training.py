@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishnet_nb.training import fit, load_classifier, read_record
+from fishnet_nb.training import fit, load_classifier, read_metrics, read_record
 
 from runs import TINY, figures, finish, start, wait_for_epochs
 
@@ -42,6 +42,18 @@ def test_two_ranks_train_and_count_each_image_once(work):
     assert record['test']['n'] == record['data']['n_test'] == 1000
     assert record['device'].startswith('2 × ')
     assert not (work/'results'/'ranks-2').exists()
+
+
+def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
+    "Batch norm synchronised, the curves and the test errors are the same, but for rounding."
+    args = [*TINY, '--trainer.max_epochs=2', '--trainer.limit_train_batches=6', '--trainer.accelerator=cpu', '--model.lr=0.01', '--model.schedule=step']
+    ranks = ['--trainer.devices=2', '--trainer.strategy=ddp', '--data.batch_size=16', '--trainer.limit_val_batches=4']
+    finish(start(work, '--name=whole', *args))
+    finish(start(work, '--name=halves', *args, *ranks, program=[str(Path(__file__).with_name('synced.py'))]))
+    for whole, halves in zip(*(read_metrics(work/'results'/name/'metrics.csv') for name in ('whole', 'halves')), strict=True):
+        for key in 'train_loss', 'train_f1', 'val_loss', 'val_top1_error': assert halves[key] == pytest.approx(whole[key], rel=1e-3), key
+    whole, halves = (read_record(work/'results'/name)['test'] for name in ('whole', 'halves'))
+    assert halves['n'] == whole['n'] and halves['loss'] == pytest.approx(whole['loss'], rel=1e-3)
 
 
 def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
