@@ -28,72 +28,68 @@ def _box(
     x: float,  # its middle
     y: float,  # its middle
     text: str,  # what stands in it
-    width: float = 1.5,  # in the units of the axes
+    width: float = 2.1,  # in the units of the axes
     color: str = BLACK,  # of edge and text
     fill: str = 'white',  # inside
 ) -> None:
     "A box with text in it."
     ax.add_patch(FancyBboxPatch((x - width/2, y - .28), width, .56, boxstyle='round,pad=0,rounding_size=.12', facecolor=fill, edgecolor=color, linewidth=1.3, zorder=3))
-    ax.text(x, y, text, ha='center', va='center', fontsize=9, color=color, zorder=4)
+    ax.text(x, y, text, ha='center', va='center', fontsize=9.5, color=color, zorder=4)
 
 def _arrow(
     ax: Axes,  # to draw in
     start: tuple[float, float],  # x, y
     end: tuple[float, float],  # x, y
     color: str = BLACK,  # of the line
-    bend: float = 0,  # 0 is straight
     width: float = 1.4,  # of the line, points
 ) -> None:
     "An arrow."
-    ax.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', color=color, linewidth=width, shrinkA=0, shrinkB=0, connectionstyle=f'arc3,rad={bend}'))
+    ax.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', color=color, linewidth=width, mutation_scale=9 + 2*width, shrinkA=0, shrinkB=0))
 
 def _canvas(
     width: float,  # inches, and units of the axes
     height: float,  # inches, and units of the axes; y grows downwards
-    n: int = 1,  # pictures side by side
-) -> tuple[Figure, list[Axes]]:
-    "A figure of empty axes in which an inch is a unit."
-    fig, axes = plt.subplots(1, n, figsize=(n*width, height), squeeze=False)
-    fig.subplots_adjust(0, 0, 1, 1, 0, 0)
-    for ax in axes.flat:
-        ax.set(xlim=(0, width), ylim=(height, 0))
-        ax.axis('off')
+) -> tuple[Figure, Axes]:
+    "An empty figure in which an inch is a unit. At 4.8 inches it fits a phone, with its text still legible."
+    fig, ax = plt.subplots(figsize=(width, height))
+    fig.subplots_adjust(0, 0, 1, 1)
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.axis('off')
     plt.close(fig)
-    return fig, list(axes.flat)
+    return fig, ax
 
 # %% ../nbs/00_review.ipynb #95644a63
 def draw_transitions() -> Figure:
-    "How a stage hands over to the next one, in ResNet and in FishNet's head. The thick line is the gradient's shortest way back."
-    fig, (left, right) = _canvas(3.5, 4, n=2)
-    _draw_transition(left, 'ResNet', 'F, three\nconvolutions', '+', '1×1 convolution,\nstride 2', RED, 'the next stage')
-    _draw_transition(right, "FishNet's head", 'T', 'concatenation', None, BLACK, '2×2 max-pool, next stage')
+    "How a stage hands over to the next one, in ResNet and in FishNet's head. The thick line is the gradient's most direct way back."
+    fig, ax = _canvas(4.8, 5)
+    ax.plot([2.4, 2.4], [.1, 4.9], color='#d0d5dc', linewidth=1)
+    _draw_transition(ax, 0, ('ResNet', 'x', 'F: three\nconvolutions', 'sum', 'next stage'), RED, 'On its way back each gradient is\nmultiplied by the weights.')
+    _box(ax, .6, 2.07, '1×1 conv.,\nisolated', 1.05, RED, '#fdeeee')
+    _draw_transition(ax, 2.45, ("FishNet's head", 'other x', 'T', 'concatenation', '2×2 max-pool, next stage'), BLACK, 'On its way back each gradient\narrives as it is.')
     return fig
 
 def _draw_transition(
     ax: Axes,  # to draw in
-    title: str,  # whose transition it is
-    branch: str,  # what is beside the path
-    joint: str,  # where the branch joins the path
-    on_path: str | None,  # what stands on the path
-    color: str,  # of the path
-    after: str,  # what follows
+    left: float,  # where its half of the picture begins
+    labels: tuple[str, str, str, str, str],  # title, what feeds the branch, the branch, the joint, what follows
+    color: str,  # of the direct path
+    note: str,  # below
 ) -> None:
-    "One of the two transitions."
-    ax.text(1.75, .25, title, ha='center', va='center', fontsize=11, weight='bold', color=BLACK)
-    _box(ax, 1.3, .8, 'x', .6)
-    _box(ax, 1.75, 2.7, joint, 1.3)
-    _box(ax, 1.75, 3.6, after, 2.3)
-    _arrow(ax, (1.3, 1.08), (1.3, 2.42), color, width=3)
-    if on_path:
-        _box(ax, 1.05, 1.73, on_path, 1.4, color, '#fdeeee')
-        ax.text(1.2, 2.25, 'isolated', ha='right', va='center', fontsize=9, color=color, style='italic')
-        _arrow(ax, (1.6, .8), (2.62, 1.45), GRAY)
+    "One of the two transitions: x comes down on the left, a branch on the right."
+    title, other, branch, joint, after = labels
+    x, beside = left + .6, left + 1.75
+    ax.text(left + 1.17, .25, title, ha='center', va='center', fontsize=11, weight='bold', color=BLACK)
+    _box(ax, x, .95, 'x', .8)
+    _box(ax, beside, 2.07, branch, 1.05, GRAY)
+    if other == 'x': _arrow(ax, (x + .4, .95), (beside, 1.79), GRAY)
     else:
-        ax.text(2.62, .8, 'x of the other side', ha='center', va='center', fontsize=9, color=GRAY)
-        _arrow(ax, (2.62, .95), (2.62, 1.45), GRAY)
-    _box(ax, 2.62, 1.73, branch, 1.35, GRAY)
-    _arrow(ax, (2.62, 2.01), (2.2, 2.42), GRAY)
-    _arrow(ax, (1.75, 2.98), (1.75, 3.32), color if on_path is None else BLACK, width=3)
+        _box(ax, beside, .95, other, .8, GRAY)
+        _arrow(ax, (beside, 1.23), (beside, 1.79), GRAY)
+    _arrow(ax, (beside, 2.35), (beside, 2.91), GRAY)
+    for start, end in (1.23, 2.91), (3.47, 3.69): _arrow(ax, (x, start), (x, end), color, 3.2)
+    _box(ax, left + 1.17, 3.19, joint, 2.15)
+    _box(ax, left + 1.17, 3.97, after, 2.15)
+    ax.text(left + 1.17, 4.57, note, ha='center', va='center', fontsize=9, color=color)
 
 # %% ../nbs/00_review.ipynb #16146550
 class Link(NamedTuple):
@@ -129,12 +125,16 @@ def draw_fish(
     rows, links = stage_table(model, side), find_links(model, side)
     coarsest = min(row.out_side for row in rows)
     halvings = max(row.out_side for row in rows).bit_length() - coarsest.bit_length()
-    fig, (ax,) = _canvas(4.8, .6*len(rows) + .95)
-    boxes = {row.stage: _Box(2.4, .4 + .6*i, 1.3 + 1.3*(row.out_side.bit_length() - coarsest.bit_length())/halvings) for i, row in enumerate(rows)}
-    for row in rows: _draw_stage(ax, boxes[row.stage], row.stage, f'{row.stage}   {row.out_side}×{row.out_side}×{row.out_channels}')
-    for above, below in zip(list(boxes.values()), list(boxes.values())[1:]): _arrow(ax, (above.x, above.y + .2), (below.x, below.y - .2))
+    fig, ax = _canvas(4.8, .6*len(rows) + 2.05)
+    boxes = {row.stage: _Box(2.45, 1 + .6*i, 1.4 + 1.2*(row.out_side.bit_length() - coarsest.bit_length())/halvings) for i, row in enumerate(rows)}
+    _draw_parts(ax, boxes)
+    for row in rows: _draw_stage(ax, boxes[row.stage], f'{row.stage}   {row.out_side}×{row.out_side}×{row.out_channels}')
+    ends = [.4, *(box.y for box in boxes.values()), .6*len(rows) + 1]
+    for above, below in zip(ends, ends[1:]): _arrow(ax, (2.45, above + .2), (2.45, below - .2), width=1.8)
     for is_left in True, False: _draw_links(ax, [link for link in links if (_color(link) == RED) == is_left], boxes, -1 if is_left else 1)
-    _draw_legend(ax, .6*len(rows) + .35)
+    ax.text(2.45, .42, f'image  {side}×{side}×{model.tail.in_channels}', ha='center', va='center', fontsize=9.5)
+    ax.text(2.45, ends[-1], 'pooling, classifier', ha='center', va='center', fontsize=9.5)
+    _draw_legend(ax, ends[-1] + .4)
     return fig
 
 class _Box(NamedTuple):
@@ -147,12 +147,17 @@ def _color(link: Link) -> str:
     "Red from tail to body, blue from body to head, orange from tail to head."
     return RED if link.target[0] == 'b' else BLUE if link.source[0] == 'b' else ORANGE
 
-_FILLS = dict(s='#e8edf4', t='#e8edf4', b='#fff3d6', h='#e2f2e6')  # stem and tail, body, head
+def _draw_parts(ax: Axes, boxes: dict[str, _Box]) -> None:
+    "A band behind each of the three parts, with its name."
+    for part, letters, fill in ('tail', 'st', '#e8edf4'), ('body', 'b', '#fff3d6'), ('head', 'h', '#e2f2e6'):
+        rows = [box.y for name, box in boxes.items() if name[0] in letters]
+        ax.add_patch(FancyBboxPatch((.05, rows[0] - .27), 4.7, rows[-1] - rows[0] + .54, boxstyle='round,pad=0,rounding_size=.12', facecolor=fill, edgecolor='none'))
+        ax.text(.2, (rows[0] + rows[-1])/2, part, rotation=90, ha='center', va='center', fontsize=11, weight='bold', color=GRAY)
 
-def _draw_stage(ax: Axes, box: _Box, name: str, text: str) -> None:
+def _draw_stage(ax: Axes, box: _Box, text: str) -> None:
     "One stage's box."
-    ax.add_patch(FancyBboxPatch((box.x - box.width/2, box.y - .2), box.width, .4, boxstyle='round,pad=0,rounding_size=.1', facecolor=_FILLS[name[0]], edgecolor=BLACK))
-    ax.text(box.x, box.y, text, ha='center', va='center', fontsize=9.5, color=BLACK)
+    ax.add_patch(FancyBboxPatch((box.x - box.width/2, box.y - .2), box.width, .4, boxstyle='round,pad=0,rounding_size=.1', facecolor='white', edgecolor=BLACK, zorder=3))
+    ax.text(box.x, box.y, text, ha='center', va='center', fontsize=10, color=BLACK, zorder=4)
 
 def _draw_links(
     ax: Axes,  # to draw in
@@ -161,49 +166,58 @@ def _draw_links(
     sign: int,  # -1 on the left, 1 on the right
 ) -> None:
     "The features that cross over, the nearest innermost, with their channels."
+    first, gap = (1.45, .2) if sign < 0 else (1.55, .15)
     for lane, link in enumerate(sorted(links, key=lambda link: boxes[link.target].y - boxes[link.source].y)):
-        start, end = boxes[link.source], boxes[link.target]
-        x = start.x + sign*(1.5 + .22*lane)
-        ax.plot([start.x + sign*start.width/2, x, x], [start.y, start.y, end.y], color=_color(link), linewidth=1.5, solid_joinstyle='round')
-        _arrow(ax, (x, end.y), (end.x + sign*end.width/2, end.y), _color(link))
-        ax.text(end.x + sign*(end.width/2 + .07), end.y - .1, f'+{link.channels}', ha='left' if sign > 0 else 'right', va='center', fontsize=8, color=_color(link))
+        start, end, color = boxes[link.source], boxes[link.target], _color(link)
+        x = start.x + sign*max(first + gap*lane, end.width/2 + .4)
+        ax.plot([start.x + sign*start.width/2, x, x], [start.y, start.y, end.y], color=color, linewidth=1.6, solid_joinstyle='round')
+        _arrow(ax, (x, end.y), (end.x + sign*end.width/2, end.y), color)
+        ax.text(end.x + sign*(end.width/2 + .07), end.y - .11, f'+{link.channels}', ha='left' if sign > 0 else 'right', va='center', fontsize=8.5, color=color)
 
 def _draw_legend(ax: Axes, y: float) -> None:
-    "What the colours mean."
+    "What colours and numbers mean."
     for x, color, text in (.3, RED, 'tail → body'), (1.85, ORANGE, 'tail → head'), (3.4, BLUE, 'body → head'):
         ax.plot([x, x + .25], [y, y], color=color, linewidth=2)
         ax.text(x + .32, y, text, va='center', fontsize=9, color=color)
-    ax.text(2.4, y + .33, 'height × width × channels;  gray: tail,  yellow: body,  green: head', ha='center', va='center', fontsize=8.5, color=GRAY)
+    ax.text(2.4, y + .3, 'height × width × channels handed on;  +n: channels that join', ha='center', va='center', fontsize=8.5, color=GRAY)
 
 # %% ../nbs/00_review.ipynb #60fb3646
 def draw_stage(
     stage: BodyStage | HeadStage,  # of body or head, in the pre-activation form
     side: int,  # side of the features that come in, px
 ) -> Figure:
-    "What happens in a stage of body or head, with the shape of each feature: eqs. (4) to (7), or (9), of Sun et al. 2018."
+    "What happens in a stage of body or head, with the shape of each feature: eqs. (4) to (7), or (9), of Sun et al. 2018. The thick line has no weights."
     is_body, shapes = isinstance(stage, BodyStage), _shapes_in_stage(stage, side)
-    fig, (ax,) = _canvas(4.8, 5.2)
-    for name, (x, y, label) in _STAGE_BOXES.items():
-        if name == 'short' and not is_body: continue
-        text = label[0 if is_body else 1] if isinstance(label, tuple) else label
-        _box(ax, x, y, f'{text}\n{shapes[name]}', 1.9, _STAGE_COLORS.get(name, BLACK))
-    for start, end in _STAGE_ARROWS:
-        if is_body or 'short' not in (start, end): _arrow(ax, *_between(start, end), width=1.4)
-    if not is_body: _arrow(ax, *_between('joined', 'sum', from_side=-.7), width=3)
+    boxes = _stage_boxes(is_body)
+    fig, ax = _canvas(4.8, 5.05)
+    for name, box in boxes.items(): _box(ax, box.x, box.y, f'{box.text}\n{shapes[name]}', color=box.color)
+    down = [box for box in boxes.values() if box.x < 2]
+    for start, end in zip(down, down[1:]): _arrow(ax, (start.x, start.y + .28), (end.x, end.y - .28), width=3.2)
+    for start, end in ('other', 'transfer'), ('transfer', 'joined'), ('joined', 'M'), ('M', 'sum'):
+        _arrow(ax, *_ends(boxes[start], boxes[end]), boxes[start].color if start != 'joined' else GRAY)
     return fig
 
-_STAGE_BOXES = dict(x=(1.3, .4, 'x'), other=(3.5, .4, 'x of the other side'), regular=(1.3, 1.25, 'regular blocks'), transfer=(3.5, 1.25, 'T'),
-                    joined=(2.4, 2.15, 'concatenation, x̃'), short=(1.3, 3.05, 'r(x̃): sums of k'), M=(3.5, 3.05, 'M(x̃)'),
-                    sum=(2.4, 3.95, "sum, x̃′"), out=(2.4, 4.8, ('nearest up-sampling', '2×2 max-pool')))
-_STAGE_ARROWS = [('x', 'regular'), ('other', 'transfer'), ('regular', 'joined'), ('transfer', 'joined'), ('joined', 'short'), ('joined', 'M'),
-                 ('short', 'sum'), ('M', 'sum'), ('sum', 'out')]
-_STAGE_COLORS = dict(other=RED, transfer=RED)
+class _Step(NamedTuple):
+    "A box in the drawing of a stage: its middle, its text and its colour."
+    x: float
+    y: float
+    text: str
+    color: str = BLACK
 
-def _between(start: str, end: str, from_side: float = 0) -> tuple[tuple[float, float], tuple[float, float]]:
-    "From the lower edge of one box to the upper edge of another."
-    (x, y, _), (x_end, y_end, _) = _STAGE_BOXES[start], _STAGE_BOXES[end]
-    def near(a, b): return a + from_side if from_side else a + .5*(b > a) - .5*(b < a)
-    return (near(x, x_end), y + .28), (near(x_end, x), y_end - .28)
+def _stage_boxes(is_body: bool) -> dict[str, _Step]:
+    "The steps of a stage: on the left the way of x, on the right what is computed beside it."
+    crossing = RED if is_body else BLUE
+    steps = dict(x=_Step(1.2, .4, 'x'), other=_Step(3.6, .4, 'x of the tail' if is_body else 'x of body or tail', crossing),
+                 regular=_Step(1.2, 1.25, 'regular blocks'), transfer=_Step(3.6, 1.25, 'T', crossing),
+                 joined=_Step(1.2, 2.1, f'concatenation x̃  ({7 if is_body else 9})'),
+                 short=_Step(1.2, 2.95, 'r(x̃): sums of k  (8)'), M=_Step(3.6, 2.95, 'M(x̃)', GRAY),
+                 sum=_Step(1.2, 3.8, f'sum x̃′  ({6 if is_body else 9})'), out=_Step(1.2, 4.65, 'nearest up-sampling  (5)' if is_body else '2×2 max-pool  (9)'))
+    return {name: step for name, step in steps.items() if is_body or name != 'short'}
+
+def _ends(start: _Step, end: _Step) -> tuple[tuple[float, float], tuple[float, float]]:
+    "From the lower edge of one box to another: to its upper edge to the right or below, to its side to the left."
+    if end.x < start.x: return (start.x, start.y + .28), (end.x + 1.05, end.y)
+    return (start.x + (.8 if end.x > start.x else 0), start.y + .28), (end.x - (.8 if end.x > start.x else 0), end.y - .28)
 
 def _shapes_in_stage(stage: BodyStage | HeadStage, side: int) -> dict[str, str]:
     "The shape of each feature in a stage, by computing it."

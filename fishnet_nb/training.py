@@ -74,14 +74,12 @@ class Classifier(LightningModule):
         weight_decay: float = 1e-4,  # of every parameter
         schedule: str = 'step',  # 'step': ÷10 every 30 epochs; 'onecycle': up for 30 % of the run and down to nothing
         label_smoothing: float = 0.0,  # of the training loss
-        small_epochs: int = 0,  # so many epochs at the start train on images of half the side
         mirror: bool = False,  # validate and test by the mean confidence of an image and its mirror image
         compile: bool = False,  # torch.compile the network; needs a C++ compiler on a CPU
     ):
         super().__init__()
         for name, given, allowed in [('optimizer', optimizer, ('adam', 'sgd')), ('schedule', schedule, ('step', 'onecycle'))]:
             if given not in allowed: raise ValueError(f'{name}={given!r}: allowed are {", ".join(map(repr, allowed))}')
-        if small_epochs < 0: raise ValueError(f'{small_epochs=}: a number of epochs from 0 is needed')
         self.save_hyperparameters()
         self.model = create_model(arch, num_classes, in_channels, **(arch_args or {})).to(memory_format=torch.channels_last)
         self.metrics = nn.ModuleDict({f'{stage}_metrics': make_metrics(num_classes) for stage in ('train', 'val', 'test')})
@@ -94,12 +92,10 @@ class Classifier(LightningModule):
         return torch.logaddexp(scores.float().log_softmax(1), mirrored.float().log_softmax(1)) - math.log(2)
 
     def on_fit_start(self) -> None:
-        if self.hparams.compile: self.model.compile(dynamic=False)  # one compilation for each size
+        if self.hparams.compile: self.model.compile()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        img, labels = batch['img'], batch['label']
-        if self.current_epoch < self.hparams.small_epochs: img = F.avg_pool2d(img, 2)
-        scores = self(img).float()
+        scores, labels = self(batch['img']).float(), batch['label']
         loss = F.cross_entropy(scores, labels, label_smoothing=self.hparams.label_smoothing)
         self._update('train', scores, labels, loss)
         return loss
@@ -127,6 +123,12 @@ class Classifier(LightningModule):
     def _log(self, stage: str) -> None:
         "Log the epoch's figures, over all images of all ranks, and start afresh."
         for key, value in summarise(self.metrics[f'{stage}_metrics']).items(): self.log(f'{stage}_{key}', value, prog_bar=key in ('loss', 'top1_error'))
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        "ValueError if the one-cycle schedule of the run that is resumed had another number of steps."
+        planned = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), None)
+        if self.trainer.training and planned not in (None, n := int(self.trainer.estimated_stepping_batches)):
+            raise ValueError(f'the one-cycle schedule of this run has {planned} steps, and now there would be {n}: resume it without other changes to epochs or batches, or start a new run')
 
     def configure_optimizers(self) -> dict:
         h = self.hparams

@@ -1,6 +1,9 @@
 "The site as a reader meets it: in Chromium, with the network cut. Without Chromium only its files are checked."
+import ast
 import functools
 import http.server
+import importlib
+import inspect
 import json
 import os
 import re
@@ -65,6 +68,13 @@ def page(chromium, address) -> Page:
     assert not wrong
 
 
+def wait_until_set(page: Page) -> None:
+    """Until fonts and equations are there: what a reader sees once the page has loaded. It asks the page itself and not for Playwright's 'networkidle', which
+    on a busy machine never came although every request had long ended."""
+    page.wait_for_function("document.readyState == 'complete' && document.fonts.status == 'loaded'"
+                           " && [...document.querySelectorAll('.math')].every(math => math.querySelector('.katex'))", timeout=60_000)
+
+
 def keep_screenshot(page: Page, name: str) -> None:
     "In artifacts/, to be looked at."
     (ROOT/'artifacts').mkdir(exist_ok=True)
@@ -100,6 +110,47 @@ def test_names_in_the_text_lead_to_their_definition(site):
     assert links['evaluate'] == '08_testing.html#evaluate'
 
 
+def exported() -> list[tuple[str, str]]:
+    "Each function and class that the library's notebooks export: module, name."
+    found = []
+    for path in sorted((ROOT/'fishnet_nb').glob('[a-z]*.py')):
+        names = next((ast.literal_eval(node.value) for node in ast.parse(path.read_text(encoding='utf-8')).body
+                      if isinstance(node, ast.Assign) and node.targets[0].id == '__all__'), [])
+        module = importlib.import_module(f'fishnet_nb.{path.stem}')
+        found += [(path.stem, name) for name in names if callable(getattr(module, name)) and not hasattr(getattr(module, name), '__origin__')]
+    return found
+
+
+def test_each_exported_name_is_documented(site):
+    "A heading, a link to its line in the source, and its parameters, on the page of its module."
+    pages = [BeautifulSoup((site/name).read_text(encoding='utf-8'), 'html.parser') for name in PAGES]
+    missing = []
+    for module, name in exported():
+        heading = next((found for page in pages if (found := page.find('h3', id=re.compile(f'^{name}$', re.I)))), None)
+        if heading is None: missing.append(f'{module}.{name} is on no page'); continue
+        source, shown = heading.find_previous('a', string='source'), heading.find_next('pre').get_text()
+        if not re.search(rf'/{module}\.py#L\d+$', source['href']): missing.append(f'{module}.{name} has no link to its source')
+        symbol = getattr(importlib.import_module(f'fishnet_nb.{module}'), name)
+        absent = [p for p in inspect.signature(symbol).parameters if not re.search(rf'\b{p}\b', shown)]
+        if absent: missing.append(f'{module}.{name} does not show {", ".join(absent)}')
+    assert not missing, '\n'.join(missing)
+
+
+def test_nothing_is_left_unrendered(site):
+    "No dollar sign of an equation, no link or footnote in Markdown outside of code."
+    for name in PAGES:
+        page = BeautifulSoup((site/name).read_text(encoding='utf-8'), 'html.parser').find('main')
+        for tag in page.select('code, pre, .math'): tag.decompose()
+        assert not (found := re.search(r'.{0,40}(\$|\]\(|\[\^|\*\*).{0,40}', page.get_text())), f'{name}: {found[0]}'
+    assert '](' not in BeautifulSoup((site/'06_fishnet.html').read_text(encoding='utf-8'), 'html.parser').find('h3', id='create_model').find_next('pre').get_text()
+
+
+def test_pictures_have_a_text(site):
+    for name in PAGES:
+        images = BeautifulSoup((site/name).read_text(encoding='utf-8'), 'html.parser').find('main').find_all('img')
+        assert all(len(image.get('alt', '')) > 20 for image in images), name
+
+
 def test_readers_of_text_find_all_pages(site):
     text = (site/'llms.txt').read_text(encoding='utf-8')
     for name in PAGES: assert name[:-5] in text
@@ -121,12 +172,12 @@ def test_quarto_and_the_renderer_here_read_the_same():
 def test_page_in_the_browser(page, address, name):
     "No error, no request that fails, equations set, no sideways scrolling on a phone, nothing in the way of a keyboard or a screen reader."
     page.goto(address + name)
-    page.wait_for_load_state('networkidle')
-    assert page.locator('.math').count() == page.locator('.math .katex').count() and not page.locator('.katex-error').count()
+    wait_until_set(page)
+    assert not page.locator('.katex-error').count()
     for scheme in 'light', 'dark':
         page.emulate_media(color_scheme=scheme)
         page.reload()
-        page.wait_for_load_state('networkidle')
+        wait_until_set(page)
         assert not (found := violations(page)), f'{scheme}: {found}'
     page.set_viewport_size(dict(width=375, height=700))
     assert page.evaluate('document.documentElement.scrollWidth') <= 375
@@ -143,7 +194,7 @@ def violations(page: Page) -> list[str]:
 @needs_chromium
 def test_equations_are_numbered(page, address):
     page.goto(address + '00_review.html')
-    page.wait_for_load_state('networkidle')
+    wait_until_set(page)
     tags = page.locator('.katex-html .tag').all_inner_texts()
     assert [re.sub(r'\W', '', tag) for tag in tags] == ['1', '2', '3', '4', '5', '6', '7', '8', '8', '9']
     page.locator('.katex-display').nth(1).scroll_into_view_if_needed()
@@ -184,11 +235,14 @@ def lab(tmp_path_factory) -> str:
 
 @needs_chromium
 def test_run_all_in_jupyterlab(chromium, lab):
-    "A reader opens the page on channels, runs all of it, and changes the widths."
+    "A reader finds the notebooks in reading order, opens the page on channels, runs all of it, and changes the widths."
     context = chromium.new_context(viewport=dict(width=1400, height=1000))
     page = context.new_page()
     page.goto(f'{lab}lab/tree/nbs/05_channels.ipynb?token=t')
     page.locator('.jp-NotebookPanel .jp-Toolbar-kernelName', has_text='Python').wait_for(timeout=60_000)
+    page.locator('.jp-DirListing-itemText', has_text='10_speed').wait_for(timeout=60_000)
+    listed = [name for name in page.locator('.jp-DirListing-itemText').all_inner_texts() if name.endswith('.ipynb')]
+    assert listed == sorted(path.name for path in (ROOT/'nbs').glob('*.ipynb')) and listed[0] == '00_review.ipynb'
     page.locator('.lm-MenuBar-itemLabel', has_text='Run').click()
     page.locator('.lm-Menu-itemLabel', has_text=re.compile('^Run All Cells$')).click()
     page.locator('.widget-text input').wait_for(timeout=120_000)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishnet_nb.training import fit, load_classifier, read_metrics, read_record
+from fishnet_nb.training import _parse, fit, list_recipes, load_classifier, quiet_lightning, read_metrics, read_record, recipe_path
 
 from runs import TINY, figures, finish, start, wait_for_epochs
 
@@ -22,7 +22,8 @@ def work(tmp_path_factory) -> Path:
 
 
 def test_killed_and_resumed_run_equals_one_that_was_not(work):
-    args = [*TINY, '--trainer.max_epochs=4', '--trainer.limit_train_batches=20']
+    args = [*TINY, '--trainer.max_epochs=4', '--trainer.limit_train_batches=20', '--data.on_device=true', '--data.augment=standard', '--data.cutout_px=8',
+            '--model.mirror=true', '--trainer.callbacks=pytorch_lightning.callbacks.EMAWeightAveraging', '--trainer.callbacks.decay=0.9']
     finish(start(work, '--name=straight', *args))
     for name, stop in ('killed', signal.SIGKILL), ('terminated', signal.SIGTERM), ('interrupted', signal.SIGINT):
         process = start(work, f'--name={name}', *args)
@@ -35,25 +36,18 @@ def test_killed_and_resumed_run_equals_one_that_was_not(work):
         assert read_record(work/'results'/name)['test'] == read_record(work/'results'/'straight')['test']
 
 
-def test_two_ranks_train_and_count_each_image_once(work):
-    args = [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=3', '--trainer.devices=2', '--trainer.accelerator=cpu', '--trainer.strategy=ddp']
-    finish(start(work, '--name=ranks', *args))
-    record = read_record(work/'results'/'ranks')
-    assert record['test']['n'] == record['data']['n_test'] == 1000
-    assert record['device'].startswith('2 × ')
-    assert not (work/'results'/'ranks-2').exists()
-
-
 def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
-    "Batch norm synchronised, the curves and the test errors are the same, but for rounding."
+    "With batch norm synchronised the curves and the test errors are the same, but for rounding, and each test image is counted once."
     args = [*TINY, '--trainer.max_epochs=2', '--trainer.limit_train_batches=6', '--trainer.accelerator=cpu', '--model.lr=0.01', '--model.schedule=step']
-    ranks = ['--trainer.devices=2', '--trainer.strategy=ddp', '--data.batch_size=16', '--trainer.limit_val_batches=4']
+    ranks = ['--trainer.devices=2', '--trainer.strategy=ddp', '--data.batch_size=16']
     finish(start(work, '--name=whole', *args))
     finish(start(work, '--name=halves', *args, *ranks, program=[str(Path(__file__).with_name('synced.py'))]))
     for whole, halves in zip(*(read_metrics(work/'results'/name/'metrics.csv') for name in ('whole', 'halves')), strict=True):
-        for key in 'train_loss', 'train_f1', 'val_loss', 'val_top1_error': assert halves[key] == pytest.approx(whole[key], rel=1e-3), key
-    whole, halves = (read_record(work/'results'/name)['test'] for name in ('whole', 'halves'))
-    assert halves['n'] == whole['n'] and halves['loss'] == pytest.approx(whole['loss'], rel=1e-3)
+        for key in 'train_loss', 'val_loss': assert halves[key] == pytest.approx(whole[key], rel=1e-3), key
+    whole, halves = (read_record(work/'results'/name) for name in ('whole', 'halves'))
+    assert halves['device'].startswith('2 × ') and not (work/'results'/'halves-2').exists()
+    assert halves['test']['n'] == whole['test']['n'] == whole['data']['n_test'] == 1000
+    assert halves['test']['loss'] == pytest.approx(whole['test']['loss'], rel=1e-3)
 
 
 def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
@@ -72,10 +66,20 @@ def test_wrong_argument_is_named(work, monkeypatch, args, message):
     with pytest.raises(ValueError, match=message): fit('quick', [*TINY, *args], name='wrong')
 
 
-def test_a_name_is_not_taken_twice(work):
+@pytest.mark.parametrize('recipe', list_recipes())
+def test_recipes_can_be_read(work, monkeypatch, recipe):
+    "Each recipe makes a model, data and a trainer; the data is here the shapes, for all of them."
+    monkeypatch.chdir(work)
+    with quiet_lightning(): cli = _parse(recipe_path(recipe), ['--data.data=shapes'])
+    assert cli.trainer.max_epochs == cli.config.trainer.max_epochs and cli.model.hparams.num_classes == 10
+
+
+def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatch):
     args = [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=1']
     for _ in range(2): finish(start(work, '--name=twice', *args))
     assert json.loads((work/'results'/'twice-2'/'record.json').read_text())['name'] == 'twice-2'
+    monkeypatch.chdir(work)
+    with pytest.raises(ValueError, match='one-cycle schedule of this run has 1 steps, and now there would be 2'): fit('quick', ['--trainer.max_epochs=2'], name='twice', resume=True)
 
 
 class Runs:
