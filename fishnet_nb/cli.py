@@ -230,16 +230,17 @@ def _run_summary(args: argparse.Namespace) -> int:
 
 # %% ../nbs/cli.ipynb #c3289ef3
 def _run_bench(args: argparse.Namespace) -> int:
-    """Images per second in training and inference: eager float32, which is the baseline, bfloat16, and compiled bfloat16, in turns within one process.
-    Takes minutes, most of them for compiling."""
-    from fishnet_nb.bench import bench, bench_table
+    """Images per second in training and inference, in turns within one process: eager float32 is the baseline, then what fits the device, eager and
+    compiled. And of the input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
+    from fishnet_nb.bench import bench, bench_report, plot_bench
     from fishnet_nb.training import write_atomically
     given = {key: value for key in ('widths', 'tail', 'k') if (value := getattr(args, key)) is not None}
-    record = bench(args.model, given, args.batch_size, args.rounds)
+    record = bench(args.model, given, args.batch_size, args.width_factor, args.rounds)
     path = Path('results')/'bench'/f'{args.name or args.model}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
-    print(f'{record["device"]}: {record["peak_flops"]/1e9:,.0f} GFLOP/s in a bfloat16 matrix product\n\n{bench_table(record)}\n\nThe record is {path}.')
+    _save(plot_bench(record), path.with_suffix('.png'))
+    print(f'{bench_report(record)}\n\nThe record is {path}, its plot {path.with_suffix(".png")}.')
     return 0
 
 # %% ../nbs/cli.ipynb #77be4905
@@ -338,6 +339,13 @@ def _natural(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 up')
     return int(text)
 
+def _factor(text: str) -> float:
+    "A number above 0."
+    try: value = float(text)
+    except ValueError: value = 0
+    if not 0 < value < float('inf'): raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
+    return value
+
 def _share(text: str) -> float:
     "A number from 0 to 1."
     try: value = float(text)
@@ -394,10 +402,12 @@ def _add_summary(commands: argparse._SubParsersAction) -> None:
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
     "The command `bench`."
-    bench = _add(commands, _run_bench, 'fishnet-nb bench fishnet99', 'fishnet-nb bench fishnet73 --widths 16 32 64 128 --batch-size 125 --name thin')
+    bench = _add(commands, _run_bench, 'fishnet-nb bench fishnet99', 'fishnet-nb bench fishnet99 --width-factor 0.25 0.5 1 --batch-size 64 256',
+                 'fishnet-nb bench fishnet73 --widths 16 32 64 128 --batch-size 125 --name thin')
     bench.add_argument('model', metavar='MODEL', help='fishnet73, fishnet99, fishnet150 or resnet50')
     _add_sizes(bench)
     bench.add_argument('--batch-size', metavar='N', type=_natural, nargs='+', default=[32, 128], help='images of a step, one number or more; 32 and 128 by default')
+    bench.add_argument('--width-factor', metavar='F', type=_factor, nargs='+', default=[1], help='times the widths of the model, one number or more; 1 by default')
     bench.add_argument('--rounds', metavar='N', type=_natural, default=5, help='rounds of each setting, a second or more each; 5 by default')
     bench.add_argument('--name', help="the record's name in results/bench; the model's by default")
 

@@ -78,7 +78,8 @@ def test_help_teaches_and_imports_nothing_heavy():
     (['summary', 'fishnet99', '--widths', '64', 'x'], "'x' is not a whole number"), (['summary', 'fishnet99', '--widths'], 'expected at least one'),
     (['summary', 'fishnet99', '--k', '0'], "'0' is not a whole number"), (['summary', 'fishnet99', '--k', '²'], 'not a whole number'),
     (['summary', 'fishnet99', 'extra'], 'unknown: extra'), (['summary', 'fishnet99', '--num', '3'], 'did you mean --num-classes?'),
-    (['predict', 'a.png'], 'a.png is not there'), (['predict', '--checkpoint', 'x'], 'IMAGE'), (['export'], 'RUN'), (['bench'], 'MODEL'), (['bench', 'fishnet99', '--rounds', '0'], 'not a whole number'), (['data', '--download', '--shapes'], 'not allowed with'),
+    (['predict', 'a.png'], 'a.png is not there'), (['predict', '--checkpoint', 'x'], 'IMAGE'), (['export'], 'RUN'), (['bench'], 'MODEL'), (['bench', 'fishnet99', '--rounds', '0'], 'not a whole number'), (['bench', 'fishnet99', '--width-factor', '0'], 'not a number above 0'),
+    (['data', '--download', '--shapes'], 'not allowed with'),
     (['reproduce', 'x', '--tolerance', 'nan'], 'from 0 to 1'), (['test', 'x', '--resume'], 'unknown: --resume')])
 def test_wrongly_typed(args, message): refused(message, *args)
 
@@ -91,7 +92,7 @@ def test_wrongly_typed(args, message): refused(message, *args)
     (['summary', 'fishnet99', '--widths', '64', '128', '256', '511'], 'b3'), (['summary', 'fishnet99', '--input-size', '20'], '20'), (['data'], '--download'),
     (['test', 'no-such-run'], 'there are tiny'), (['test', 'kept'], 'without checkpoints'), (['test', 'garbage.ckpt'], 'garbage.ckpt'), (['test', 'results'], 'neither'),
     (['test', 'tiny', '--data', 'nowhere'], 'nowhere'), (['predict', 'x.png', '--checkpoint', 'none.ckpt'], 'none.ckpt'), (['predict', 'x.png', '--checkpoint', 'garbage.safetensors'], 'holds no weights'),
-    (['bench', 'fishnet98'], 'fishnet99'), (['export', 'kept'], 'without checkpoints'), (['export', 'tiny', '--out', 'x.pt'], '.safetensors'), (['export', 'tiny', '--out', 'no/x.safetensors'], 'make it first'), (['reproduce', 'nothing'], 'nothing'),
+    (['bench', 'fishnet98'], 'fishnet99'), (['bench', 'fishnet99', '--width-factor', '0.01'], 'k=2 does not divide'), (['export', 'kept'], 'without checkpoints'), (['export', 'tiny', '--out', 'x.pt'], '.safetensors'), (['export', 'tiny', '--out', 'no/x.safetensors'], 'make it first'), (['reproduce', 'nothing'], 'nothing'),
     (['reproduce', 'garbage'], 'not a run record'), (['reproduce', 'half'], 'not a whole run record'), (['reproduce', 'list'], 'not a whole run record'),
     (['reproduce', 'stopped'], 'interrupted'), (['reproduce', 'otherdata'], '--other-data')])
 def test_given_wrongly(inside, capsys, args, message):
@@ -214,6 +215,15 @@ def test_all_that_a_record_names_is_repeated():
     for said, meant in (False, 'none'), (True, 'student'), ('standard', 'standard'):  # the first records say whether, not which
         hparams = record['hparams'] | {'data': record['hparams']['data'] | {'augment': said}}
         assert _repeatable(record | {'hparams': hparams}, 'quick')[2]['data']['augment'] == meant
+def test_bench_writes_its_record_and_its_plot(inside, capsys, monkeypatch):
+    from fishnet_nb import bench
+    monkeypatch.setattr(bench, 'device_settings', lambda device: (bench.BASELINE, bench.Setting('channels last', channels_last=True)))  # compiling takes minutes
+    assert main(['bench', 'fishnet73', '--widths', '8', '16', '--tail', '1', '1', '--width-factor', '1', '2', '--batch-size', '4', '--rounds', '1', '--name', 'tiny']) == 0
+    found = capsys.readouterr().out
+    record = bench.read_bench('results/bench/tiny.json')
+    assert bench.bench_report(record) in found and 'is the bottleneck' in found and 'results/bench/tiny.png' in found
+    assert [(row['width'], row['mode'], row['setting']) for row in record['rows'][::3]] == [(8, 'training', 'baseline'), (8, 'inference', 'channels last'), (16, 'inference', 'baseline')]
+    assert Image.open('results/bench/tiny.png').size[0] > 500
 
 
 def test_ctrl_c_leaves_a_run_that_the_printed_command_resumes(work):
