@@ -215,6 +215,8 @@ def test_all_that_a_record_names_is_repeated():
     for said, meant in (False, 'none'), (True, 'student'), ('standard', 'standard'):  # the first records say whether, not which
         hparams = record['hparams'] | {'data': record['hparams']['data'] | {'augment': said}}
         assert _repeatable(record | {'hparams': hparams}, 'quick')[2]['data']['augment'] == meant
+
+
 def test_bench_writes_its_record_and_its_plot(inside, capsys, monkeypatch):
     from fishnet_nb import bench
     monkeypatch.setattr(bench, 'device_settings', lambda device: (bench.BASELINE, bench.Setting('channels last', channels_last=True)))  # compiling takes minutes
