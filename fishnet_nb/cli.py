@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -442,6 +444,19 @@ def _explain(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)): return f'error: {_one_line(error)}'
     return f'error: {type(error).__name__}: {_one_line(error)}'
 
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    "A list that holds something once Ctrl-C was pressed, since an import that it meets may turn it into an error of another kind."
+    noted, handler = [], signal.getsignal(signal.SIGINT)
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+    is_ours = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if is_ours: signal.signal(signal.SIGINT, note)
+    try: yield noted
+    finally:
+        if is_ours: signal.signal(signal.SIGINT, handler)
+
 def main(
     argv: Sequence[str] | None = None,  # the words after `fishnet-nb`; those of the process if None
 ) -> int:  # 0, 1, 2 or 130
@@ -450,20 +465,24 @@ def main(
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     args, args.changes = make_parser().parse_known_args(argv)
     if args.changes and args.run is not _run_fit: _refuse(args.parser, args.changes)
-    try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt as error:
-        print(f'\n{_one_line(error) if error.args else "stopped"}', file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if os.environ.get('FISHNET_DEBUG'): raise
-        print(_explain(error), file=sys.stderr)
-        return 2
+    with _noting_interrupts() as interrupts:
+        try:
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt as error:
+            print(f'\n{_one_line(error) if error.args else "stopped"}', file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            if interrupts:
+                print('\nstopped', file=sys.stderr)
+                return 130
+            if os.environ.get('FISHNET_DEBUG'): raise
+            print(_explain(error), file=sys.stderr)
+            return 2
 
 def _refuse(parser: _Parser, given: Sequence[str]) -> None:
     "Exit 2, naming words that a command doesn't take."
