@@ -10,7 +10,8 @@ __all__ = ['BASELINE', 'Setting', 'device_settings', 'make_step', 'rates', 'matr
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
@@ -57,6 +58,15 @@ def _prepare(
     if setting.compiled: model = torch.compile(model, options=None if is_training else {'freezing': True})
     return model, images
 
+@contextmanager
+def _cudnn(enabled: bool) -> Iterator[None]:
+    "With cuDNN, which then tries its algorithms for each shape, or without. `torch.backends.cudnn.flags` would set the precision too, which compiling objects to."
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.benchmark
+    cudnn.enabled = cudnn.benchmark = enabled
+    try: yield
+    finally: cudnn.enabled, cudnn.benchmark = before
+
 def make_step(
     model: nn.Module,  # changed in place
     images: Tensor,  # [N, C, H, W]
@@ -74,8 +84,7 @@ def make_step(
         optimizer.step()
         optimizer.zero_grad()
     def step() -> None:
-        with torch.backends.cudnn.flags(enabled=setting.cudnn, benchmark=setting.cudnn), torch.set_grad_enabled(is_training):
-            train() if is_training else forward()
+        with _cudnn(setting.cudnn), torch.set_grad_enabled(is_training): train() if is_training else forward()
     return step
 
 # %% ../nbs/10_speed.ipynb #8b392fcc
@@ -277,4 +286,4 @@ def _plot_rates(ax: plt.Axes, rows: Sequence[dict], x: str, other: str) -> None:
     for setting, color in zip(dict.fromkeys(row['setting'] for row in rows), ('#5b6470', '#c25e00', '#1f5fbf')):
         for value, marker in zip(dict.fromkeys(row[other] for row in rows), 'os^vD'):
             found = [row for row in rows if (row['setting'], row[other]) == (setting, value)]
-            ax.plot([row[x] for row in found], [row['img_per_s'] for row in found], marker=marker, color=color, label=f'{setting}, {other.replace("_size", "")} {value}')
+            ax.plot([row[x] for row in found], [row['img_per_s'] for row in found], marker=marker, color=color, clip_on=False, label=f'{setting}, {other.replace("_size", "")} {value}')
