@@ -111,7 +111,7 @@ def export_weights(
     classifier = load_classifier(checkpoint)
     h = classifier.hparams
     about = dict(arch=h.arch, arch_args=dict(h.arch_args or {}), num_classes=h.num_classes, in_channels=h.in_channels, classes=class_names(checkpoint),
-                 input=dict(size_px=32, mean=CIFAR_MEAN, std=CIFAR_STD))
+                 input=dict(size_px=32, mean=CIFAR_MEAN, std=CIFAR_STD), mirror=h.mirror)  # whether the stated errors are of images and their mirror images
     return save_weights(classifier.model, path, about | {key: record[key] for key in ('recipe', 'data', 'test', 'seed', 'commit', 'versions', 'device')})
 
 def load_trained(
