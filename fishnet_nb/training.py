@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'make_metrics', 'summarise', 'Classifier', 'list_recipes', 'recipe_path', 'has_fast_bf16', 'RecipeCLI',
            'write_atomically', 'AtomicCheckpointIO', 'device_name', 'describe_device', 'code_commit',
            'package_versions', 'read_metrics', 'RunRecorder', 'read_record', 'results_table', 'read_checkpoint',
-           'load_classifier', 'run_folder', 'quiet_lightning', 'fit']
+           'load_classifier', 'is_first_rank', 'run_folder', 'quiet_lightning', 'fit']
 
 # %% ../nbs/07_training.ipynb #44640f81
 import csv
@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -260,6 +261,8 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.rows = [row for row in read_metrics(self.folder/'metrics.csv') if row['epoch'] < trainer.current_epoch]
         self.record |= dict(device=describe_device(trainer))
+        if trainer.world_size > 1:  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
+            signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else signal.SIG_IGN)  # the first rank ends the others
         self.epoch_started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -360,6 +363,10 @@ def load_classifier(
     return classifier.eval()
 
 # %% ../nbs/07_training.ipynb #ac30e09e
+def is_first_rank() -> bool:
+    "Whether this process is the first of a distributed run, or the only one of another: the one that writes and prints."
+    return not int(os.environ.get('RANK', os.environ.get('LOCAL_RANK', os.environ.get('SLURM_PROCID', 0))))
+
 def run_folder(
     root: str | Path,  # where runs are kept
     name: str,  # the run's name
@@ -370,7 +377,7 @@ def run_folder(
     if resume:
         if (folder/'config.yaml').is_file(): return folder
         raise FileNotFoundError(f'there is no run to resume in {folder}: start one without --resume')
-    if int(os.environ.get('RANK', os.environ.get('LOCAL_RANK', os.environ.get('SLURM_PROCID', 0)))): return folder  # the first rank alone writes
+    if not is_first_rank(): return folder  # the first one alone writes
     taken = 1
     while (folder if taken == 1 else folder.with_name(f'{name}-{taken}')).exists(): taken += 1
     folder = folder if taken == 1 else folder.with_name(f'{name}-{taken}')

@@ -50,6 +50,18 @@ def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
     assert halves['test']['loss'] == pytest.approx(whole['test']['loss'], rel=1e-3)
 
 
+def test_two_ranks_stop_on_sigterm_and_resume(work):
+    args = [*TINY, '--trainer.max_epochs=1000', '--trainer.limit_train_batches=6', '--trainer.limit_test_batches=2', '--model.schedule=step']
+    process = start(work, '--name=ranks', *args, '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp')
+    wait_for_epochs(process, work/'results'/'ranks', 1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    epochs = read_record(work/'results'/'ranks')['epochs']
+    assert process.returncode != 0 and 0 < epochs < 1000
+    finish(start(work, '--name=ranks', '--resume', f'--trainer.max_epochs={epochs + 1}'))
+    assert read_record(work/'results'/'ranks')['epochs'] == epochs + 1
+
+
 def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
     monkeypatch.chdir(work)
     with pytest.raises(FloatingPointError, match='no longer finite.*lower the learning rate'):
