@@ -68,11 +68,12 @@ def _table(
 def _run_fit(args: argparse.Namespace) -> int:
     """Train by a recipe, test the best epoch, and leave a record in results/. Anything in the recipe can be changed: --model.… for the network and
     its optimiser, --data.… for the images, --trainer.… for what Lightning's Trainer takes."""
-    from fishnet_nb.training import fit, is_first_rank
+    from pytorch_lightning.utilities import rank_zero_only
+    from fishnet_nb.training import fit
     with _resumable(args.name or Path(args.recipe).stem, args.recipe):
         try: folder = fit(args.recipe, args.changes, args.name, args.resume)
         except ValueError as error: raise ValueError(f'{error}{_near_change(args.changes, str(error))}') from error
-    if is_first_rank(): print(_outcome(folder))
+    if not rank_zero_only.rank: print(_outcome(folder))
     return 0
 
 @contextmanager
@@ -146,7 +147,7 @@ def _compare(data: str, n: int, top1_error: float, top5_error: float) -> str:
 
 def _next(data: str) -> str:
     "What to do after a run."
-    real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it in one to two hours on two cores. ' if data == 'shapes' else ''
+    real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it, in about two hours on two cores. ' if data == 'shapes' else ''
     return f'Next: `make lab` opens the notebooks that explain all of this. {real}With a GPU, `fishnet-nb fit student` trains FishNet-99.'
 
 # %% ../nbs/cli.ipynb #1d62f38e
@@ -279,7 +280,8 @@ def _mean_std(images: 'numpy.ndarray') -> tuple[list[float], list[float]]:  # of
 def _run_reproduce(args: argparse.Namespace) -> int:
     """Repeat a recorded run with its hyperparameters, and compare the errors. Ends with 1 if the top-1 errors differ by more than the tolerance: on
     other hardware or another number of threads, rounding alone makes two runs differ by some tenths of a percentage point."""
-    from fishnet_nb.training import fit, is_first_rank, read_record
+    from pytorch_lightning.utilities import rank_zero_only
+    from fishnet_nb.training import fit, read_record
     stated = read_record(args.name)
     name, recipe, config = _repeatable(stated, args.name)
     _check_data(stated, config['data'], args.other_data)
@@ -287,7 +289,7 @@ def _run_reproduce(args: argparse.Namespace) -> int:
         path = Path(scratch)/f'{recipe}.yaml'
         path.write_text(json.dumps(config), encoding='utf-8')  # JSON is YAML
         folder = fit(str(path), name=f'{name}-reproduced')
-    if not is_first_rank(): return 0
+    if rank_zero_only.rank: return 0
     found, test = read_record(folder), stated['test']
     print(_table([('', 'stated', 'obtained'), *((label, f'{test[key]:.2%}', f'{found["test"][key]:.2%}') for key, label in _ERRORS),
                   ('test loss', f'{test["loss"]:.4f}', f'{found["test"]["loss"]:.4f}')]))
@@ -371,7 +373,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     "The command `fit`."
     fit = _add(commands, _run_fit, 'fishnet-nb fit quick', 'fishnet-nb fit quick --name short --trainer.max_epochs=3 --model.lr=0.05',
                'fishnet-nb fit student --trainer.devices=2       two GPUs', 'fishnet-nb fit quick --name short --resume        after Ctrl-C')
-    fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10, one to two hours on two cores), '
+    fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10, about two hours on two cores), '
                                                       'student (FishNet-99 on CIFAR-10, for a GPU), or a YAML file of your own')
     fit.add_argument('--name', help="the run's folder in results/; the recipe's name by default, with -2, -3 … if that is taken")
     fit.add_argument('--resume', action='store_true', help='go on with the run of that name after its last complete epoch')

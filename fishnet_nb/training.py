@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'make_metrics', 'summarise', 'Classifier', 'list_recipes', 'recipe_path', 'has_fast_bf16', 'RecipeCLI',
            'write_atomically', 'AtomicCheckpointIO', 'device_name', 'describe_device', 'code_commit',
            'package_versions', 'read_metrics', 'RunRecorder', 'read_record', 'results_table', 'read_checkpoint',
-           'load_classifier', 'is_first_rank', 'run_folder', 'quiet_lightning', 'fit']
+           'load_classifier', 'run_folder', 'quiet_lightning', 'fit']
 
 # %% ../nbs/07_training.ipynb #44640f81
 import csv
@@ -36,6 +36,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities import rank_zero_only
 from torch import nn, Tensor
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -363,10 +364,6 @@ def load_classifier(
     return classifier.eval()
 
 # %% ../nbs/07_training.ipynb #ac30e09e
-def is_first_rank() -> bool:
-    "Whether this process is the first of a distributed run, or the only one of another: the one that writes and prints."
-    return not int(os.environ.get('RANK', os.environ.get('LOCAL_RANK', os.environ.get('SLURM_PROCID', 0))))
-
 def run_folder(
     root: str | Path,  # where runs are kept
     name: str,  # the run's name
@@ -377,7 +374,7 @@ def run_folder(
     if resume:
         if (folder/'config.yaml').is_file(): return folder
         raise FileNotFoundError(f'there is no run to resume in {folder}: start one without --resume')
-    if not is_first_rank(): return folder  # the first one alone writes
+    if rank_zero_only.rank: return folder  # the first rank alone writes
     taken = 1
     while (folder if taken == 1 else folder.with_name(f'{name}-{taken}')).exists(): taken += 1
     folder = folder if taken == 1 else folder.with_name(f'{name}-{taken}')

@@ -15,11 +15,11 @@ TINY = ['--data.data=shapes', '--data.batch_size=32', '--model.arch_args.widths=
 FIGURES = ('epoch', 'lr', 'train_loss', 'train_f1', 'val_loss', 'val_f1', 'val_top1_error', 'val_top5_error')
 
 
-def start(folder: Path, *args: str, program: Sequence[str] = ('-m', 'fishnet_nb')) -> subprocess.Popen:
-    "`fishnet-nb fit quick` with a tiny network in a process of its own."
+def start(folder: Path, *args: str, program: Sequence[str] = ('-m', 'fishnet_nb'), **more: object) -> subprocess.Popen:
+    "`fishnet-nb fit quick` with a tiny network in a process of its own; `more` goes to Popen."
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen([sys.executable, *program, 'fit', 'quick', *args], cwd=folder, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more)
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> str:

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,15 @@ def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
 
 
 def test_two_ranks_stop_on_sigterm_and_resume(work):
-    args = [*TINY, '--trainer.max_epochs=1000', '--trainer.limit_train_batches=6', '--trainer.limit_test_batches=2', '--model.schedule=step']
-    process = start(work, '--name=ranks', *args, '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp')
+    "Both get the signal, as from a job scheduler, and most likely in the midst of a step, since these are long."
+    args = [*TINY, '--data.batch_size=400', '--trainer.max_epochs=1000', '--trainer.limit_train_batches=6', '--trainer.limit_test_batches=2', '--model.schedule=step']
+    process = start(work, '--name=ranks', *args, '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp', process_group=0)
     wait_for_epochs(process, work/'results'/'ranks', 1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    time.sleep(.7)
+    os.killpg(process.pid, signal.SIGTERM)
+    try: process.communicate(timeout=60)
+    finally:
+        if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
     epochs = read_record(work/'results'/'ranks')['epochs']
     assert process.returncode != 0 and 0 < epochs < 1000
     finish(start(work, '--name=ranks', '--resume', f'--trainer.max_epochs={epochs + 1}'))
