@@ -54,10 +54,11 @@ def test_readme_is_the_index(): assert (ROOT/'README.md').read_text(encoding='ut
 def test_records_agree_with_their_metrics():
     "The figures in a record are those of its metrics.csv, so neither was changed by hand alone."
     from fishnet_nb.training import read_metrics
-    records = sorted((ROOT/'results').glob('*/record.json'))
+    records = sorted((ROOT/'results').glob('**/record.json'))
     assert records
     for path in records:
         record, rows = json.loads(path.read_text(encoding='utf-8')), read_metrics(path.with_name('metrics.csv'))
+        if record['status'] != 'finished': continue
         best = min(rows, key=lambda row: row['val_loss'])
         assert (record['epochs'], record['best_epoch']) == (len(rows), best['epoch'])
         assert record['val']['top1_error'] == best['val_top1_error']
@@ -74,6 +75,19 @@ def test_pages_state_what_the_records_say():
     for name in 'index', '07_training', '09_results':
         outputs = [output for cell in json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
         assert any(''.join(output.get('data', {}).get('text/markdown', '')).strip() == table for output in outputs), name
+
+
+def test_page_of_results_has_each_short_run():
+    "The row of each run beside `all` has the validation error of its record and the difference to `all`'s, or says why it stopped."
+    text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
+    records = {path.parent.name: json.loads(path.read_text(encoding='utf-8')) for path in (ROOT/'results/ingredients').glob('*/record.json')}
+    assert 'all' in records and len(records) > 1
+    for name, record in records.items():
+        row = next(line for line in text.splitlines() if line.strip().startswith(f'"| {name} |'))
+        if record['status'] != 'finished': assert record['status'] in row
+        else:
+            error, before = record['val']['top1_error'], records['all']['val']['top1_error']
+            assert f'| {error:.1%} | {100*(error - before):+.1f} |' in row
 
 
 @pytest.fixture(scope='module')
