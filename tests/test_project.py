@@ -58,9 +58,10 @@ def test_records_agree_with_their_metrics():
     assert records
     for path in records:
         record, rows = json.loads(path.read_text(encoding='utf-8')), read_metrics(path.with_name('metrics.csv'))
-        if record['status'] != 'finished': continue
+        assert record['epochs'] == len(rows)
+        if path.parent.name == 'without-final-norm': continue  # its loss was not finite: no best epoch and no test
         best = min(rows, key=lambda row: row['val_loss'])
-        assert (record['epochs'], record['best_epoch']) == (len(rows), best['epoch'])
+        assert record['best_epoch'] == best['epoch']
         assert record['val']['top1_error'] == best['val_top1_error']
         assert record['wall_s'] == pytest.approx(sum(row['wall_s'] for row in rows), abs=.1)
         assert record['test']['n'] == record['data']['n_test']
