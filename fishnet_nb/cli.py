@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from types import FrameType
 
 from . import __version__
 
@@ -447,16 +448,25 @@ def _explain(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)): return f'error: {_one_line(error)}'
     return f'error: {type(error).__name__}: {_one_line(error)}'
 
+def _is_loading(
+    frame: FrameType | None,  # where the process is
+) -> bool:
+    "Whether a command is still importing what it needs."
+    above = None
+    while frame and frame.f_globals.get('__name__') != __name__: above, frame = frame, frame.f_back
+    return bool(frame and above) and above.f_globals.get('__name__') == 'importlib._bootstrap'
+
 @contextmanager
-def _noting_interrupts() -> Iterator[list[int]]:
-    "A list that holds something once Ctrl-C was pressed, since an import that it meets may turn it into an error of another kind."
-    noted, handler = [], signal.getsignal(signal.SIGINT)
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-        raise KeyboardInterrupt
+def _heeding_interrupts() -> Iterator[None]:
+    "Ctrl-C ends the process at once while it still imports, where a KeyboardInterrupt may be swallowed, or become an error of another kind."
+    handler = signal.getsignal(signal.SIGINT)
+    def heed(number: int, frame: FrameType | None) -> None:
+        if not _is_loading(frame): raise KeyboardInterrupt
+        os.write(2, b'\nstopped; nothing was begun yet\n')
+        os._exit(130)
     is_ours = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if is_ours: signal.signal(signal.SIGINT, note)
-    try: yield noted
+    if is_ours: signal.signal(signal.SIGINT, heed)
+    try: yield
     finally:
         if is_ours: signal.signal(signal.SIGINT, handler)
 
@@ -468,7 +478,7 @@ def main(
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     args, args.changes = make_parser().parse_known_args(argv)
     if args.changes and args.run is not _run_fit: _refuse(args.parser, args.changes)
-    with _noting_interrupts() as interrupts:
+    with _heeding_interrupts():
         try:
             code = args.run(args)
             sys.stdout.flush()
@@ -480,9 +490,6 @@ def main(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
-            if interrupts:
-                print('\nstopped', file=sys.stderr)
-                return 130
             if os.environ.get('FISHNET_DEBUG'): raise
             print(_explain(error), file=sys.stderr)
             return 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishnet_nb.training import _parse, fit, list_recipes, load_classifier, quiet_lightning, read_metrics, read_record, recipe_path
+from fishnet_nb.training import Classifier, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_metrics, read_record, recipe_path
 
 from runs import TINY, figures, finish, start, wait_for_epochs
 
@@ -73,6 +73,18 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
         fit('quick', [*TINY, '--trainer.max_epochs=3', '--trainer.limit_train_batches=5', '--model.lr=1e30', '--model.arch_args.final_norm=false'], name='nan')
     assert 'not' in (status := read_record('nan')['status']) or 'no longer' in status
     assert not (work/'results'/'nan'/'checkpoints'/'best.ckpt').exists()
+
+
+def test_first_epochs_train_on_images_of_half_the_side(work, monkeypatch):
+    monkeypatch.chdir(work)
+    seen, forward = [], Classifier.forward
+    def noting(self, x):
+        seen.append((self.trainer.current_epoch, self.training, x.shape[-1]))
+        return forward(self, x)
+    monkeypatch.setattr(Classifier, 'forward', noting)
+    fit('quick', [*TINY, '--trainer.max_epochs=3', '--trainer.limit_train_batches=2', '--trainer.limit_val_batches=1', '--model.half_size_epochs=2'], name='half')
+    assert {side for epoch, training, side in seen if training and epoch < 2} == {16}
+    assert {side for epoch, training, side in seen if not (training and epoch < 2)} == {32}
 
 
 @pytest.mark.parametrize('args, message', [
