@@ -77,7 +77,6 @@ class Classifier(LightningModule):
         schedule: str = 'step',  # 'step': ÷10 every 30 epochs; 'onecycle': up for 30 % of the run and down to nothing
         label_smoothing: float = 0.0,  # of the training loss
         mirror: bool = False,  # validate and test by the mean confidence of an image and its mirror image
-        half_size_epochs: int = 0,  # the first epochs, which train on images of half the side and take a quarter of the work
         compile: bool = False,  # torch.compile the network; needs a C++ compiler on a CPU
     ):
         super().__init__()
@@ -95,12 +94,10 @@ class Classifier(LightningModule):
         return torch.logaddexp(scores.float().log_softmax(1), mirrored.float().log_softmax(1)) - math.log(2)
 
     def on_fit_start(self) -> None:
-        if self.hparams.compile: self.model.compile(dynamic=False)
+        if self.hparams.compile: self.model.compile()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        img, labels = batch['img'], batch['label']
-        if self.current_epoch < self.hparams.half_size_epochs: img = F.avg_pool2d(img, 2)
-        scores = self(img).float()
+        scores, labels = self(batch['img']).float(), batch['label']
         loss = F.cross_entropy(scores, labels, label_smoothing=self.hparams.label_smoothing)
         self._update('train', scores, labels, loss)
         return loss

@@ -9,7 +9,7 @@ import pytest
 
 from fishnet_nb.training import read_checkpoint, read_metrics, read_record
 
-from runs import TINY, figures, finish, start, wait_for_epochs
+from runs import TINY, figures, finish, Run, wait_for_epochs
 
 
 def test_run_killed_twenty_times_equals_one_that_was_not(tmp_path):
@@ -17,7 +17,7 @@ def test_run_killed_twenty_times_equals_one_that_was_not(tmp_path):
     (tmp_path/'data').mkdir()  # for the shapes
     args, draw = [*TINY, '--trainer.limit_train_batches=2', '--model.schedule=step', '--model.lr=0.001'], random.Random(0)
     folder = tmp_path/'results'/'hunted'
-    process = start(tmp_path, '--name=hunted', '--trainer.max_epochs=1000', *args)
+    process = Run(tmp_path, '--name=hunted', '--trainer.max_epochs=1000', *args)
     for kill in range(20):
         wait_for_epochs(process, folder, len(read_metrics(folder/'metrics.csv')) + 1)
         if kill % 2: time.sleep(draw.uniform(0, .3))
@@ -27,9 +27,9 @@ def test_run_killed_twenty_times_equals_one_that_was_not(tmp_path):
         process.communicate()
         if (last := folder/'checkpoints'/'last.ckpt').exists(): read_checkpoint(last)
         epochs = f'--trainer.max_epochs={len(figures(folder)) + 2 if kill == 19 else 1000}'
-        process = start(tmp_path, '--name=hunted', '--resume', epochs)
+        process = Run(tmp_path, '--name=hunted', '--resume', epochs)
     finish(process)
-    finish(start(tmp_path, '--name=unhurt', epochs, *args))
+    finish(Run(tmp_path, '--name=unhurt', epochs, *args))
     assert sorted(path.name for path in (folder/'checkpoints').iterdir()) == ['best.ckpt', 'last.ckpt']
     assert figures(folder) == figures(tmp_path/'results'/'unhurt')
     assert read_record(folder)['test'] == read_record(tmp_path/'results'/'unhurt')['test']
@@ -52,7 +52,7 @@ def small_disk(tmp_path) -> Path:
 def test_full_disk_leaves_a_run_that_goes_on(tmp_path, small_disk):
     (tmp_path/'data').mkdir()  # for the shapes
     (tmp_path/'results').symlink_to(small_disk)
-    process = start(tmp_path, '--trainer.max_epochs=1000', '--trainer.limit_train_batches=2', *TINY)
+    process = Run(tmp_path, '--trainer.max_epochs=1000', '--trainer.limit_train_batches=2', *TINY)
     checkpoints = small_disk/'quick'/'checkpoints'
     wait_until(lambda: process.poll() is not None or (checkpoints/'last.ckpt').exists())
     fill(small_disk/'filler')
@@ -62,7 +62,7 @@ def test_full_disk_leaves_a_run_that_goes_on(tmp_path, small_disk):
     for path in checkpoints.iterdir(): assert read_checkpoint(path)['state_dict']
     (small_disk/'filler').unlink()
     n = len(figures(small_disk/'quick'))
-    finish(start(tmp_path, '--name=quick', '--resume', f'--trainer.max_epochs={n + 2}'))
+    finish(Run(tmp_path, '--name=quick', '--resume', f'--trainer.max_epochs={n + 2}'))
     assert len(figures(small_disk/'quick')) == n + 2
 
 

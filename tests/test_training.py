@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishnet_nb.training import Classifier, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_metrics, read_record, recipe_path
+from fishnet_nb.training import _parse, fit, list_recipes, load_classifier, quiet_lightning, read_metrics, read_record, recipe_path
 
-from runs import TINY, figures, finish, start, wait_for_epochs
+from runs import TINY, figures, finish, Run, start, wait_for_epochs
 
 
 @pytest.fixture(scope='module')
@@ -25,14 +25,14 @@ def work(tmp_path_factory) -> Path:
 def test_killed_and_resumed_run_equals_one_that_was_not(work):
     args = [*TINY, '--trainer.max_epochs=4', '--trainer.limit_train_batches=20', '--data.on_device=true', '--data.augment=standard', '--data.cutout_px=8',
             '--model.mirror=true', '--trainer.callbacks=pytorch_lightning.callbacks.EMAWeightAveraging', '--trainer.callbacks.decay=0.9']
-    finish(start(work, '--name=straight', *args))
+    finish(Run(work, '--name=straight', *args))
     for name, stop in ('killed', signal.SIGKILL), ('terminated', signal.SIGTERM), ('interrupted', signal.SIGINT):
-        process = start(work, f'--name={name}', *args)
+        process = Run(work, f'--name={name}', *args)
         wait_for_epochs(process, work/'results'/name, 2)
         process.send_signal(stop)
         process.communicate(timeout=60)
         assert process.returncode != 0 and len(figures(work/'results'/name)) < 4
-        finish(start(work, f'--name={name}', '--resume'))
+        finish(Run(work, f'--name={name}', '--resume'))
         assert figures(work/'results'/name) == figures(work/'results'/'straight')
         assert read_record(work/'results'/name)['test'] == read_record(work/'results'/'straight')['test']
 
@@ -41,7 +41,7 @@ def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
     "With batch norm synchronised the curves and the test errors are the same, but for rounding, and each test image is counted once."
     args = [*TINY, '--trainer.max_epochs=2', '--trainer.limit_train_batches=6', '--trainer.accelerator=cpu', '--model.lr=0.01', '--model.schedule=step']
     ranks = ['--trainer.devices=2', '--trainer.strategy=ddp', '--data.batch_size=16']
-    finish(start(work, '--name=whole', *args))
+    finish(Run(work, '--name=whole', *args))
     finish(start(work, '--name=halves', *args, *ranks, program=[str(Path(__file__).with_name('synced.py'))]))
     for whole, halves in zip(*(read_metrics(work/'results'/name/'metrics.csv') for name in ('whole', 'halves')), strict=True):
         for key in 'train_loss', 'val_loss': assert halves[key] == pytest.approx(whole[key], rel=1e-3), key
@@ -75,18 +75,6 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
     assert not (work/'results'/'nan'/'checkpoints'/'best.ckpt').exists()
 
 
-def test_first_epochs_train_on_images_of_half_the_side(work, monkeypatch):
-    monkeypatch.chdir(work)
-    seen, forward = [], Classifier.forward
-    def noting(self, x):
-        seen.append((self.trainer.current_epoch, self.training, x.shape[-1]))
-        return forward(self, x)
-    monkeypatch.setattr(Classifier, 'forward', noting)
-    fit('quick', [*TINY, '--trainer.max_epochs=3', '--trainer.limit_train_batches=2', '--trainer.limit_val_batches=1', '--model.half_size_epochs=2'], name='half')
-    assert {side for epoch, training, side in seen if training and epoch < 2} == {16}
-    assert {side for epoch, training, side in seen if not (training and epoch < 2)} == {32}
-
-
 @pytest.mark.parametrize('args, message', [
     (['--trainer.max_epoch=3'], 'max_epoch'), (['--model.lr=fast'], 'lr'), (['--model.optimizer=lion'], "allowed are 'adam', 'sgd'"),
     (['--model.arch=fishnet98'], "did you mean 'fishnet99'"), (['--data.val_fraction=0'], 'val_fraction')])
@@ -105,7 +93,7 @@ def test_recipes_can_be_read(work, monkeypatch, recipe):
 
 def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatch):
     args = [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=1']
-    for _ in range(2): finish(start(work, '--name=twice', *args))
+    for _ in range(2): finish(Run(work, '--name=twice', *args))
     assert json.loads((work/'results'/'twice-2'/'record.json').read_text())['name'] == 'twice-2'
     monkeypatch.chdir(work)
     with pytest.raises(ValueError, match='one-cycle schedule of this run ends after 1 steps, and now there would be [0-9]+'): fit('quick', ['--trainer.max_epochs=2'], name='twice', resume=True)
