@@ -38,17 +38,18 @@ class FishNet(nn.Module):
         final_norm: bool = False,  # normalise and activate before pooling: the corrected pre-activation form
         num_classes: int = 10,  # scores to give; 0 gives the pooled feature instead
         in_channels: int = 3,  # channels of the image
+        stem_stride: int = 1,  # of the first convolution, in the pre-activation form; all features are that much coarser
     ):
         super().__init__()
         plan, n = plan_channels(widths, k), len(widths)
         body = check_depths((1,)*(n-1) if body is None else body, n-1, 'body')
         head = check_depths((1,)*n if head is None else head, n, 'head')
-        self.tail = Tail(widths, tail, in_channels, preact)
+        self.tail = Tail(widths, tail, in_channels, preact, stem_stride=stem_stride)
         self.body = Body(plan.carried[:n-1], plan.transferred[:n-1], body, k, preact)
         self.head = Head(plan.carried[n-1:-1], plan.transferred[n-1:], head, preact)
         self.classifier = make_classifier(plan.carried[-1], num_classes, bias=False, final_norm=final_norm)
         self.feature_channels = plan.carried[n:]
-        self.feature_strides = tuple(2**i for i in range(n))
+        self.feature_strides = self.tail.strides
         self.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
@@ -88,7 +89,7 @@ def create_model(
     num_classes: int = 10,  # scores to give; 0 gives the pooled feature instead
     in_channels: int = 3,  # channels of the image
     pretrained: bool = False,  # with the weights of that name in the package, and the arguments that belong to them
-    **kwargs,  # widths, tail, body, head, k, preact, final_norm; body, head and k for FishNets only
+    **kwargs,  # widths, tail, body, head, k, preact, final_norm, stem_stride; body, head and k for FishNets only
 ) -> nn.Module:  # [N, in_channels, H, W] -> [N, num_classes]
     "A model by name. ValueError for an unknown name, numbers that don't fit or weights that aren't there; TypeError for an unknown argument."
     if pretrained: return _create_pretrained(name, num_classes, in_channels, **kwargs)

@@ -17,10 +17,13 @@ def make_stem(
     in_channels: int,  # channels of the image
     width: int,  # channels handed on
     preact: bool = True,  # pre- or post-activation
-) -> nn.Sequential:  # [N, in_channels, H, W] -> [N, width, H, W]
-    "The first layers: two bottleneck bodies without shortcuts, after a 3×3 convolution in the pre-activation form."
+    stride: int = 1,  # of the first convolution, in the pre-activation form; it divides the image's side
+) -> nn.Sequential:  # [N, in_channels, H, W] -> [N, width, H/stride, W/stride]
+    "The first layers: two bottleneck bodies without shortcuts, after a convolution of `stride + 2` pixels in the pre-activation form. ValueError for another stride."
+    if not isinstance(stride, int) or stride < 1 or (stride > 1 and not preact):
+        raise ValueError(f'stem_stride={stride!r}, preact={preact}: the stride is a whole number from 1 up, and 1 in the post-activation form')
     if not preact: return nn.Sequential(bottleneck_body(in_channels, width, preact=False), bottleneck_body(width, width, preact=False))
-    conv = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+    conv = nn.Conv2d(in_channels, width, stride + 2, stride, padding=1, bias=False)
     return nn.Sequential(conv, bottleneck_body(width, width), bottleneck_body(width, width))
 
 # %% ../nbs/03_tail.ipynb #95b0af9f
@@ -54,11 +57,12 @@ class Tail(nn.Module):
         in_channels: int = 3,  # channels of the image
         preact: bool = True,  # pre- or post-activation
         bridge: bool = True,  # end in the bridge
+        stem_stride: int = 1,  # of the first convolution, in the pre-activation form
     ):
         super().__init__()
         depths = check_depths(depths, len(widths), 'tail')
-        self.in_channels, self.side_divisor = in_channels, 2**(len(widths) - 1)
-        self.stem = make_stem(in_channels, widths[0], preact)
+        self.stem = make_stem(in_channels, widths[0], preact, stem_stride)
+        self.in_channels, self.strides = in_channels, tuple(stem_stride*2**i for i in range(len(widths)))
         self.stages = nn.ModuleDict({
             f't{i+1}': nn.Sequential(*make_layer(widths[i], widths[i+1], depths[i], preact=preact), nn.MaxPool2d(2))
             for i in range(len(widths) - 1)})
@@ -74,9 +78,10 @@ class Tail(nn.Module):
         "ValueError unless `x` is [N, in_channels, H, W] with sides that the poolings divide."
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f'input of shape {list(x.shape)}: a batch of images [N, {self.in_channels}, H, W] is expected')
-        if any(side < self.side_divisor or side % self.side_divisor for side in x.shape[2:]):
-            raise ValueError(f'images of {x.shape[2]}×{x.shape[3]} pixels: height and width must be multiples of {self.side_divisor}, '
-                             f'because each of {len(self.stages) - 1} poolings halves them; resize or pad the images')
+        if any(side < self.strides[-1] or side % self.strides[-1] for side in x.shape[2:]):
+            stem = f'the stem divides them by {self.strides[0]} and ' if self.strides[0] > 1 else ''
+            raise ValueError(f'images of {x.shape[2]}×{x.shape[3]} pixels: height and width must be multiples of {self.strides[-1]}, '
+                             f'because {stem}each of {len(self.stages) - 1} poolings halves them; resize or pad the images')
 
 # %% ../nbs/03_tail.ipynb #1d8f473b
 def make_classifier(
@@ -100,12 +105,13 @@ class ResNet(nn.Module):
         final_norm: bool = False,  # normalise and activate before pooling: the corrected pre-activation form
         num_classes: int = 10,  # scores to give; 0 gives the pooled feature instead
         in_channels: int = 3,  # channels of the image
+        stem_stride: int = 1,  # of the first convolution, in the pre-activation form; all features are that much coarser
     ):
         super().__init__()
-        self.tail = Tail(widths, tail, in_channels, preact, bridge=False)
+        self.tail = Tail(widths, tail, in_channels, preact, bridge=False, stem_stride=stem_stride)
         self.classifier = make_classifier(widths[-1], num_classes, final_norm=final_norm)
         self.feature_channels = tuple(widths)
-        self.feature_strides = tuple(2**i for i in range(len(widths)))
+        self.feature_strides = self.tail.strides
         self.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:

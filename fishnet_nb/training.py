@@ -68,7 +68,7 @@ class Classifier(LightningModule):
     "A network with its loss, metrics and optimiser. Batches are dict(img=[N, C, H, W], label=[N]); hyperparameters are plain values."
     def __init__(self,
         arch: str = 'fishnet99',  # one of `list_models()`
-        arch_args: dict | None = None,  # more arguments for `create_model`: widths, tail, body, head, k, preact, final_norm
+        arch_args: dict | None = None,  # more arguments for `create_model`: widths, tail, body, head, k, preact, final_norm, stem_stride
         num_classes: int = 10,  # classes of the data
         in_channels: int = 3,  # channels of the images
         optimizer: str = 'adam',  # 'adam', or 'sgd' with Nesterov momentum 0.9
@@ -158,12 +158,17 @@ def recipe_path(
     raise ValueError(f'unknown recipe {recipe!r}: known are {", ".join(list_recipes())}' + (f'; did you mean {near[0]!r}?' if near else ''))
 
 # %% ../nbs/07_training.ipynb #2be0e39f
+def _bf16_unit() -> str:
+    "The CPU's fastest instructions for bfloat16, or nothing."
+    capabilities = torch.cpu.get_capabilities()
+    return next((unit for flag, unit in [('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX-512 BF16')] if capabilities.get(flag)), '')
+
 def has_fast_bf16(
     accelerator: str = 'auto',  # Lightning's name for the device
 ) -> bool:
-    "Whether bfloat16 is fast there: a GPU that has it, or a CPU with a matrix unit for it."
+    "Whether bfloat16 is fast there: a GPU that has it, or a CPU with instructions for it, AMX or AVX-512's."
     if torch.cuda.is_available() and accelerator in ('auto', 'gpu', 'cuda'): return torch.cuda.is_bf16_supported(including_emulation=False)
-    return accelerator in ('auto', 'cpu') and bool(torch.cpu.get_capabilities().get('amx_bf16'))
+    return accelerator in ('auto', 'cpu') and bool(_bf16_unit())
 
 class RecipeCLI(LightningCLI):
     "Lightning's command line for `Classifier` and `CIFARDataModule`: one seed for all, classes from the data, bf16 where it is fast."
@@ -216,10 +221,10 @@ def describe_device(
     return f'{f"{n} × " if n > 1 else ""}{device_name(trainer.strategy.root_device)}, {trainer.precision}'
 
 def _cpu_name() -> str:
-    "The processor's name, and its matrix unit if it has one."
+    "The processor's name, and what it has for bfloat16."
     try: name = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
-    return name + (' with AMX' if torch.cpu.get_capabilities().get('amx_bf16') else '')
+    return name + (f' with {unit}' if (unit := _bf16_unit()) else '')
 
 def code_commit() -> str | None:
     "The commit of the checkout that the library runs from, '+changes' if it differs from it; None outside a checkout."
