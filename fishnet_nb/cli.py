@@ -148,7 +148,7 @@ def _compare(data: str, n: int, top1_error: float, top5_error: float) -> str:
 
 def _next(data: str) -> str:
     "What to do after a run."
-    real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it, in about two hours on two cores. ' if data == 'shapes' else ''
+    real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it, in half an hour to two on two cores. ' if data == 'shapes' else ''
     return f'Next: `make lab` opens the notebooks that explain all of this. {real}With a GPU, `fishnet-nb fit student` trains FishNet-99.'
 
 # %% ../nbs/cli.ipynb #1d62f38e
@@ -219,11 +219,15 @@ def _run_export(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/cli.ipynb #1bb10c2f
+def _sizes(args: argparse.Namespace) -> dict:
+    "What the command line changes of a model's size, as `create_model` takes it."
+    return {key: value for key in ('widths', 'tail', 'k', 'stem_stride') if (value := getattr(args, key)) is not None}
+
 def _run_summary(args: argparse.Namespace) -> int:
     "The stages of a model, its parameters and its operations; of each stage the side of its images, the channels it hands on, residual blocks and layers."
     from fishnet_nb.models import count_complexity, create_model, stage_table
-    side, given = args.input_size, {key: value for key in ('widths', 'tail', 'k') if (value := getattr(args, key)) is not None}
-    model = create_model(args.model, args.num_classes, args.in_channels, **given)
+    side = args.input_size
+    model = create_model(args.model, args.num_classes, args.in_channels, **_sizes(args))
     rows = stage_table(model, side)
     flops, macs, params = count_complexity(model, (args.in_channels, side, side))
     print(_table([('stage', 'works at', 'hands on', 'channels', 'blocks', 'layers'),
@@ -238,8 +242,7 @@ def _run_bench(args: argparse.Namespace) -> int:
     compiled. And of the input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
     from fishnet_nb.bench import bench, bench_report, plot_bench
     from fishnet_nb.training import write_atomically
-    given = {key: value for key in ('widths', 'tail', 'k') if (value := getattr(args, key)) is not None}
-    record = bench(args.model, given, args.batch_size, args.width_factor, args.rounds)
+    record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds)
     path = Path('results')/'bench'/f'{args.name or args.model}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
@@ -374,7 +377,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     "The command `fit`."
     fit = _add(commands, _run_fit, 'fishnet-nb fit quick', 'fishnet-nb fit quick --name short --trainer.max_epochs=3 --model.lr=0.05',
                'fishnet-nb fit student --trainer.devices=2       two GPUs', 'fishnet-nb fit quick --name short --resume        after Ctrl-C')
-    fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10, about two hours on two cores), '
+    fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10, half an hour to two on two cores), '
                                                       'student (FishNet-99 on CIFAR-10, for a GPU), or a YAML file of your own')
     fit.add_argument('--name', help="the run's folder in results/; the recipe's name by default, with -2, -3 … if that is taken")
     fit.add_argument('--resume', action='store_true', help='go on with the run of that name after its last complete epoch')
@@ -400,7 +403,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _add_summary(commands: argparse._SubParsersAction) -> None:
     "The command `summary`."
     summary = _add(commands, _run_summary, 'fishnet-nb summary fishnet99', 'fishnet-nb summary fishnet99 --widths 32 64 128 256 --num-classes 100',
-                   'fishnet-nb summary fishnet73 --widths 16 32 64 --tail 1 1 2 --k 4')
+                   'fishnet-nb summary fishnet73 --widths 64 128 256 --tail 1 1 2 --k 4 --stem-stride 2')
     summary.add_argument('model', metavar='MODEL', help='fishnet73, fishnet99, fishnet150 or resnet50')
     _add_sizes(summary)
     for name, default, what in ('num-classes', 10, 'classes'), ('in-channels', 3, 'channels of the image'), ('input-size', 32, 'side of the image, px'):
@@ -422,6 +425,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--widths', metavar='N', type=_natural, nargs='+', help='channels of the stem and of each next stage of the tail')
     parser.add_argument('--tail', metavar='N', type=_natural, nargs='+', help='residual blocks of each stage of the tail, as many numbers as --widths has')
     parser.add_argument('--k', metavar='N', type=_natural, help='by how much each stage of the body divides its channels')
+    parser.add_argument('--stem-stride', metavar='N', type=_natural, help='stride of the first convolution; 1 by default')
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
     "The command `data`."
