@@ -148,7 +148,7 @@ def _compare(data: str, n: int, top1_error: float, top5_error: float) -> str:
 
 def _next(data: str) -> str:
     "What to do after a run."
-    real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it, in half an hour to two on two cores. ' if data == 'shapes' else ''
+    real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it, in an hour or more on two cores. ' if data == 'shapes' else ''
     return f'Next: `make lab` opens the notebooks that explain all of this. {real}With a GPU, `fishnet-nb fit student` trains FishNet-99.'
 
 # %% ../nbs/cli.ipynb #1d62f38e
@@ -377,7 +377,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     "The command `fit`."
     fit = _add(commands, _run_fit, 'fishnet-nb fit quick', 'fishnet-nb fit quick --name short --trainer.max_epochs=3 --model.lr=0.05',
                'fishnet-nb fit student --trainer.devices=2       two GPUs', 'fishnet-nb fit quick --name short --resume        after Ctrl-C')
-    fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10, half an hour to two on two cores), '
+    fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10, an hour or more on two cores), '
                                                       'student (FishNet-99 on CIFAR-10, for a GPU), or a YAML file of your own')
     fit.add_argument('--name', help="the run's folder in results/; the recipe's name by default, with -2, -3 … if that is taken")
     fit.add_argument('--resume', action='store_true', help='go on with the run of that name after its last complete epoch')
