@@ -269,6 +269,8 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
         self.record |= dict(device=describe_device(trainer))
         if trainer.world_size > 1:  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
             signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else signal.SIG_IGN)  # the first rank ends the others
+        stopping = trainer.early_stopping_callback
+        if stopping and stopping.wait_count >= stopping.patience: trainer.should_stop = True  # it was killed when it had no more epochs to go
         self.epoch_started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from runs import TINY, figures, finish, Run, wait_for_epochs
 def test_run_killed_twenty_times_equals_one_that_was_not(tmp_path):
     "SIGKILL at random moments, each second time while a checkpoint is being written: the run always goes on from an intact state."
     (tmp_path/'data').mkdir()  # for the shapes
-    args, draw = [*TINY, '--trainer.limit_train_batches=2', '--model.schedule=step', '--model.lr=0.001'], random.Random(0)
+    args, draw = [*TINY, '--trainer.limit_train_batches=8', '--model.schedule=step', '--model.lr=0.03'], random.Random(0)  # so that it learns, and isn't stopped early
     folder = tmp_path/'results'/'hunted'
     process = Run(tmp_path, '--name=hunted', '--trainer.max_epochs=1000', *args)
     for kill in range(20):
@@ -33,6 +33,18 @@ def test_run_killed_twenty_times_equals_one_that_was_not(tmp_path):
     assert sorted(path.name for path in (folder/'checkpoints').iterdir()) == ['best.ckpt', 'last.ckpt']
     assert figures(folder) == figures(tmp_path/'results'/'unhurt')
     assert read_record(folder)['test'] == read_record(tmp_path/'results'/'unhurt')['test']
+
+
+def test_run_that_was_stopped_early_trains_no_more_when_resumed(tmp_path):
+    "As if it had been killed after the epoch that took the last of its patience."
+    (tmp_path/'data').mkdir()  # for the shapes
+    finish(Run(tmp_path, '--name=early', '--trainer.max_epochs=100', '--trainer.limit_train_batches=2', '--model.schedule=step', '--model.lr=0.001', *TINY))
+    folder = tmp_path/'results'/'early'
+    before, test = figures(folder), read_record(folder)['test']
+    assert 20 < len(before) < 100
+    (folder/'record.json').unlink()
+    finish(Run(tmp_path, '--name=early', '--resume'))
+    assert figures(folder) == before and read_record(folder)['test'] == test
 
 
 def wait_until(happens: Callable[[], bool]) -> None:
