@@ -246,7 +246,7 @@ def test_run_all_in_jupyterlab(chromium, lab):
     page.locator('.jp-DirListing-itemText', has_text='10_speed').wait_for(timeout=60_000)
     listed = [name for name in page.locator('.jp-DirListing-itemText').all_inner_texts() if re.match(r'\d.*(?<!_ko)\.ipynb$', name)]
     assert listed == sorted(listed) and listed[0] == '00_review.ipynb' and listed[-1] == '10_speed.ipynb'
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=60_000)  # a kernel that still starts may lose what it is told to run
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=60_000)  # the kernel has started
     page.locator('.lm-MenuBar-itemLabel', has_text='Run').click()
     page.locator('.lm-Menu-itemLabel', has_text=re.compile('^Run All Cells$')).click()
     page.locator('.widget-text input').wait_for(timeout=120_000)
