@@ -117,19 +117,26 @@ def _near_change(
 
 # %% ../nbs/cli.ipynb #4701cd19
 def _run_test(args: argparse.Namespace) -> int:
-    """Test a run's best checkpoint, or a checkpoint file, on all test images. Writes the pictures history.png (of a run), confusion.png and
-    predictions.png beside it."""
-    from fishnet_nb.testing import find_checkpoint, plot_confusion, plot_history, plot_predictions, test_run
-    path = find_checkpoint(args.run_or_checkpoint)
+    """Test a run's best checkpoint, a checkpoint file, or weights on all test images. Writes test.json, with the errors on each dataset tested, and the
+    pictures history.png (of a run), confusion.png and predictions.png beside it; for the weights in the package, into results/pretrained."""
+    from fishnet_nb.models import pretrained_path
+    from fishnet_nb.testing import find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, record_test, test_run
+    path = find_checkpoint(args.tested) if args.tested else pretrained_path('fishnet73')
     found, module = test_run(path, args.data)
-    folder = path.parent.parent if path.parent.name == 'checkpoints' else path.parent
+    mirrored = load_trained(path)[0].hparams.mirror
+    tests = {'mirrored': found, 'alone': test_run(path, args.data, mirror=False)[0]} if mirrored else {'alone': found}
+    folder, info = _folder_of(path) if args.tested else Path('results/pretrained'), module.data_info()
+    record_test(folder/'test.json', path, tests, info)
     figures = {'confusion': plot_confusion(found, module.classes), 'predictions': plot_predictions(found, module.cifar.test_images, module.classes)}
     if (folder/'metrics.csv').is_file(): figures['history'] = plot_history(folder)
     for name, figure in figures.items(): _save(figure, folder/f'{name}.png')
-    info = module.data_info()
-    print(_compare(info['description'], len(found.labels), found.top1_error, found.top5_error))
-    print(f'\nThe pictures {", ".join(f"{name}.png" for name in sorted(figures))} are in {folder}.\n{_next(info["name"])}')
+    print(_compare(path.name if path.suffix == '.safetensors' else 'this run', info['description'], tests))
+    print(f'\nThe errors are in {folder/"test.json"}, the pictures {", ".join(f"{name}.png" for name in sorted(figures))} beside it.\n{_next(info["name"])}')
     return 0
+
+def _folder_of(path: Path) -> Path:
+    "Of a run's checkpoint the folder of the run, of any other file its own."
+    return path.parent.parent if path.parent.name == 'checkpoints' else path.parent
 
 def _save(figure: 'matplotlib.figure.Figure', path: Path) -> None:
     "Write the figure beside its final name, then rename it."
@@ -140,10 +147,15 @@ def _save(figure: 'matplotlib.figure.Figure', path: Path) -> None:
         os.replace(scratch, path)
     finally: scratch.unlink(missing_ok=True)
 
-def _compare(data: str, n: int, top1_error: float, top5_error: float) -> str:
+def _compare(
+    tested: str,  # what was tested
+    data: str,  # on what
+    tests: dict[str, 'Evaluation'],  # by how the images were shown
+) -> str:
     "The errors beside the student implementation's."
-    table = _table([('', 'data', 'test images', 'top-1 error', 'top-5 error'), ('this run', data, f'{n:,}', f'{top1_error:.1%}', f'{top5_error:.1%}'),
-                    ('student implementation, published', 'CIFAR-10', '10,000', '27.0%', '1.7%')], left=2)
+    rows = [(f'{tested}, with mirror images' if how == 'mirrored' else tested, data, f'{len(found.labels):,}', f'{found.top1_error:.1%}', f'{found.top5_error:.1%}')
+            for how, found in tests.items()]
+    table = _table([('', 'data', 'test images', 'top-1 error', 'top-5 error'), *rows, ('student implementation, published', 'CIFAR-10', '10,000', '27.0%', '1.7%')], left=2)
     return table + ('' if data.startswith('CIFAR-10 (') else f'\nThese are different datasets: errors on {data} and on CIFAR-10 can\'t be compared.')
 
 def _next(data: str) -> str:
@@ -384,8 +396,8 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
 
 def _add_test(commands: argparse._SubParsersAction) -> None:
     "The command `test`."
-    test = _add(commands, _run_test, 'fishnet-nb test results/quick', 'fishnet-nb test my.ckpt --data data/cifar-10-batches-py')
-    test.add_argument('run_or_checkpoint', metavar='RUN', help="a run's folder or name, or a .ckpt file")
+    test = _add(commands, _run_test, 'fishnet-nb test                 the weights in the package', 'fishnet-nb test results/quick', 'fishnet-nb test my.ckpt --data data/cifar-10-batches-py')
+    test.add_argument('tested', metavar='RUN', nargs='?', help="a run's folder or name, or a .ckpt or .safetensors file; the weights in the package by default")
     test.add_argument('--data', help='cifar10, shapes or a folder; the data of the training by default')
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:

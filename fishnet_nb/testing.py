@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['top_k_errors', 'Evaluation', 'evaluate', 'find_checkpoint', 'best_device', 'test_run', 'trained_on', 'export_weights',
-           'load_trained', 'class_names', 'plot_history', 'confusion_matrix', 'plot_confusion', 'plot_predictions']
+           'load_trained', 'class_names', 'record_test', 'plot_history', 'confusion_matrix', 'plot_confusion',
+           'plot_predictions']
 
 # %% ../nbs/08_testing.ipynb #b66b4116
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +23,8 @@ from torch import Tensor
 from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, find_data, unpickle
 from .models import load_weights, pretrained_path, read_weights, save_weights
 from .shapes import SHAPE_CLASSES
-from .training import load_classifier, read_checkpoint, read_metrics, read_record
+from .training import (Classifier, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
+                                 write_atomically)
 
 # %% ../nbs/08_testing.ipynb #3c0d9988
 def top_k_errors(
@@ -62,7 +66,7 @@ def evaluate(
 
 # %% ../nbs/08_testing.ipynb #8bc10a04
 def find_checkpoint(
-    run: str | Path,  # a run's name under results/, its folder, or a .ckpt file
+    run: str | Path,  # a run's name under results/, its folder, or a .ckpt or .safetensors file
     root: str | Path = 'results',  # where runs are kept
 ) -> Path:
     "The best checkpoint of a run, or the file itself. FileNotFoundError if there is none."
@@ -80,22 +84,25 @@ def best_device() -> torch.device:
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 def test_run(
-    run: str | Path,  # a run's name under results/, its folder, or a .ckpt file
-    data: str | None = None,  # 'cifar10', 'shapes' or a folder; None: what the checkpoint says it was trained on
+    run: str | Path | None = None,  # a run's name under results/, its folder, or a .ckpt or .safetensors file; None: the weights in the package
+    data: str | None = None,  # 'cifar10', 'shapes' or a folder; None: what the file says it was trained on
     root: str | Path = 'results',  # where runs are kept
+    mirror: bool | None = None,  # by the mean confidence in an image and its mirror image? None: as the run was tested
 ) -> tuple[Evaluation, CIFARDataModule]:
     "A run's best checkpoint on the test images. FileNotFoundError, or ValueError for a checkpoint or data that don't fit."
-    path = find_checkpoint(run, root)
-    classifier = load_classifier(path)
+    path = pretrained_path('fishnet73') if run is None else find_checkpoint(run, root)
+    classifier, _ = load_trained(path)
+    if mirror is not None: classifier.hparams.mirror = mirror
     module = CIFARDataModule(data or trained_on(path), val_fraction=0, num_workers=0)
     if module.num_classes != classifier.hparams.num_classes:
         raise ValueError(f'{path} tells {classifier.hparams.num_classes} classes apart, and the data has {module.num_classes}: name its data by --data')
     return evaluate(classifier.to(best_device()), module.test_dataloader()), module
 
 def trained_on(
-    path: str | Path,  # a .ckpt file
+    path: str | Path,  # a .ckpt or .safetensors file
 ) -> str:
-    "The name of the data that a checkpoint was trained on, 'cifar10' or 'shapes', or its folder; 'cifar10' if the checkpoint doesn't say."
+    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder; 'cifar10' if the file doesn't say."
+    if Path(path).suffix == '.safetensors': return read_weights(path)[1].get('data', {}).get('name', 'cifar10')
     data = read_checkpoint(path).get('datamodule_hyper_parameters')
     return str(data.get('data', 'cifar10')) if isinstance(data, dict) else 'cifar10'
 
@@ -116,11 +123,14 @@ def export_weights(
 
 def load_trained(
     path: str | Path | None = None,  # a .ckpt or .safetensors file; None: the weights in the package
-) -> tuple[torch.nn.Module, tuple[str, ...]]:  # [N, 3, 32, 32] -> scores, in eval mode, and the names of the classes
-    "A trained network; nothing in the file is executed. FileNotFoundError, or ValueError if it doesn't fit."
+) -> tuple[Classifier, tuple[str, ...]]:  # [N, 3, 32, 32] -> scores, in eval mode, and the names of the classes
+    "A trained network that answers as it was tested, so that its stated errors hold; nothing in the file is executed. FileNotFoundError, or ValueError if it doesn't fit."
     path = Path(pretrained_path('fishnet73') if path is None else path)
     if path.suffix != '.safetensors': return load_classifier(path), class_names(path)
-    return load_weights(path).eval(), tuple(read_weights(path)[1]['classes'])
+    network, about = load_weights(path), read_weights(path)[1]
+    classifier = Classifier(about['arch'], about['arch_args'], about['num_classes'], about['in_channels'], mirror=about.get('mirror', False))
+    classifier.model.load_state_dict(network.state_dict())
+    return classifier.eval(), tuple(about['classes'])
 
 # %% ../nbs/08_testing.ipynb #28b9d223
 def class_names(
@@ -133,6 +143,23 @@ def class_names(
         try: names = [name.decode() for name in unpickle(find_data(data)/'batches.meta')[b'label_names']]
         except (OSError, ValueError, KeyError, AttributeError): names = []
     return tuple(names) if len(names) == n else tuple(f'class {i}' for i in range(n))
+
+# %% ../nbs/08_testing.ipynb #e8a1c0d3
+def record_test(
+    path: str | Path,  # a JSON file; what it says of other datasets stays
+    tested: str | Path,  # the checkpoint or the weights
+    found: dict[str, Evaluation],  # by how the images were shown, 'mirrored' or 'alone'
+    data: dict,  # `CIFARDataModule.data_info()`
+) -> None:
+    "Write the errors of a test under the SHA-256 of its data. ValueError if the file is no record of tests."
+    path, tested = Path(path), Path(tested)
+    try: earlier = dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
+    except (ValueError, TypeError): raise ValueError(f'{path} is not a record of tests: move it away') from None
+    errors = {how: dict(top1_error=e.top1_error, top5_error=e.top5_error) for how, e in found.items()}
+    entry = dict(data=data['description'], n_test=data['n_test'], errors=errors, tested=tested.name, tested_sha256=hashlib.sha256(tested.read_bytes()).hexdigest(),
+                 commit=code_commit(), device=device_name(best_device()), versions=package_versions())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(earlier | {data['sha256']: entry}, indent=1, ensure_ascii=False) + '\n')
 
 # %% ../nbs/08_testing.ipynb #99adb1ae
 def plot_history(

@@ -126,6 +126,25 @@ def test_run_is_tested(inside, capsys):
     assert not list(Path('results/tiny').glob('.*'))
 
 
+def test_weights_are_tested_as_their_run_was(inside, capsys):
+    "An exported file has its run's errors; the weights in the package are shown mirror images, too, and the record of tests keeps what it has of other data."
+    assert main(['export', 'tiny', '--out', 'tiny.safetensors']) == main(['test', 'tiny']) == main(['test', 'tiny.safetensors']) == 0
+    (run,), (weights,) = (json.loads(path.read_text()).values() for path in (Path('results/tiny/test.json'), Path('test.json')))
+    assert run['errors'] == weights['errors'] and run['n_test'] == 1000 and list(run['errors']) == ['alone']
+    (inside/'results'/'pretrained').mkdir()
+    Path('results/pretrained/test.json').write_text('{"0": "of other data"}')
+    capsys.readouterr()
+    assert main(['test', '--data', 'shapes']) == 0
+    out = capsys.readouterr().out
+    other, found = json.loads(Path('results/pretrained/test.json').read_text()).values()
+    assert other == 'of other data' and list(found['errors']) == ['mirrored', 'alone']
+    for errors in found['errors'].values(): assert f'{errors["top1_error"]:.1%}' in out
+    Path('results/pretrained/test.json').write_text('[1]')
+    assert main(['test', '--data', 'shapes']) == 2
+    assert 'test.json is not a record of tests' in capsys.readouterr().err
+    shutil.rmtree('results/pretrained')
+
+
 def test_damaged_metrics_are_named(inside, capsys):
     shutil.copytree('results/tiny', 'results/damaged')
     for text in ('epoch,val_loss\n0,x\n', 'a,b\n1,2\n', 'epoch,val_loss\n0\n'):

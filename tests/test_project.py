@@ -102,6 +102,18 @@ def test_page_of_results_has_each_short_run():
             assert f'| {error:.1%} | {100*(error - before):+.1f} |' in row
 
 
+def test_model_card_states_what_the_tests_say():
+    "Errors, images and data of the weights in the package are those of the record of their tests, which is of these very weights."
+    from fishnet_nb.models import list_pretrained
+    card = (ROOT/'fishnet_nb/weights/README.md').read_text(encoding='utf-8')
+    entries = json.loads((ROOT/'results/pretrained/test.json').read_text(encoding='utf-8')).values()
+    assert {entry['data'] for entry in entries} >= {'CIFAR-10 (JPEG re-encoding)', 'CIFAR-10 (bit-exact subset)'}
+    for entry in entries:
+        assert entry['tested_sha256'] == list_pretrained()['fishnet73']
+        shown, alone = ([f'{errors[key]:.1%}' for key in ('top1_error', 'top5_error')] for errors in (entry['errors']['mirrored'], entry['errors']['alone']))
+        assert f'| {entry["data"]} | {entry["n_test"]:,} | {shown[0]} | {shown[1]} | {alone[0]} | {alone[1]} |' in card
+
+
 @pytest.fixture(scope='module')
 def installed(copy, tmp_path_factory) -> Path:
     "The folder of the commands of an empty environment into which the wheel alone was installed."
