@@ -40,11 +40,6 @@ class ChannelPlan(NamedTuple):
     carried: tuple[int, ...]  # channels of x into each stage, and at the end out to the classifier
     transferred: tuple[int, ...]  # channels from the other side into each stage
 
-    @property
-    def n_body(self) -> int:
-        "How many of the stages are the body's; the head has one more."
-        return len(self.transferred) // 2
-
 def plan_channels(
     widths: Sequence[int],  # the tail's widths: the stem's, then each stage's
     k: int = 2,  # by how much each stage of the body divides its channels

@@ -71,26 +71,27 @@ def _run_fit(args: argparse.Namespace) -> int:
     its optimiser, --data.… for the images, --trainer.… for what Lightning's Trainer takes."""
     from pytorch_lightning.utilities import rank_zero_only
     from fishnet_nb.training import fit
-    with _resumable(args.name or Path(args.recipe).stem, args.recipe):
+    with _resumable(args.name or Path(args.recipe).stem, args.recipe, args.resume):
         try: folder = fit(args.recipe, args.changes, args.name, args.resume)
         except ValueError as error: raise ValueError(f'{error}{_near_change(args.changes, str(error))}') from error
     if not rank_zero_only.rank: print(_outcome(folder))
     return 0
 
 @contextmanager
-def _resumable(name: str, recipe: str) -> Iterator[None]:
+def _resumable(name: str, recipe: str, resume: bool = False) -> Iterator[None]:
     "Says how to go on, should the run be stopped by Ctrl-C."
     earlier = _folders(name)
     try: yield
     except KeyboardInterrupt as error:
-        begun = [folder for folder in _folders(name) if folder not in earlier or folder.name == name][-1:]
-        how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(begun[0].name)} --resume' if begun else 'nothing was trained yet'
+        begun = [Path('results')/name] if resume else [folder for folder in _folders(name) if folder not in earlier][-1:]
+        how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(str(begun[0].relative_to("results")))} --resume' if begun else 'nothing was trained yet'
         raise KeyboardInterrupt(f'{error or "stopped"}; {how}') from None
 
 def _folders(name: str) -> list[Path]:
     "The runs of that name that can be resumed, `name` itself and those with a number behind it, in that order."
-    found = [path.parent for path in Path('results').glob('*/config.yaml') if path.parent.name == name or
-             path.parent.name.startswith(f'{name}-') and path.parent.name[len(name) + 1:].isdecimal()]
+    first = Path('results')/name
+    found = [path.parent for path in first.parent.glob('*/config.yaml') if path.parent.name == first.name or
+             path.parent.name.startswith(f'{first.name}-') and path.parent.name[len(first.name) + 1:].isdecimal()]
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))
 
 def _outcome(folder: Path) -> str:
@@ -126,11 +127,11 @@ def _run_test(args: argparse.Namespace) -> int:
     mirrored = load_trained(path)[0].hparams.mirror
     tests = {'mirrored': found, 'alone': test_run(path, args.data, mirror=False)[0]} if mirrored else {'alone': found}
     folder, info = _folder_of(path) if args.tested else Path('results/pretrained'), module.data_info()
+    print(_compare(path.name if path.suffix == '.safetensors' else 'this run', info['description'], tests), flush=True)
     record_test(folder/'test.json', path, tests, info)
     figures = {'confusion': plot_confusion(found, module.classes), 'predictions': plot_predictions(found, module.cifar.test_images, module.classes)}
     if (folder/'metrics.csv').is_file(): figures['history'] = plot_history(folder)
     for name, figure in figures.items(): _save(figure, folder/f'{name}.png')
-    print(_compare(path.name if path.suffix == '.safetensors' else 'this run', info['description'], tests))
     print(f'\nThe errors are in {folder/"test.json"}, the pictures {", ".join(f"{name}.png" for name in sorted(figures))} beside it.\n{_next(info["name"])}')
     return 0
 

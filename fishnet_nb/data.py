@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CIFAR_CLASSES', 'CIFAR_FOLDER', 'TRAIN_BATCHES', 'TEST_BATCH', 'META', 'CIFAR_URL',
-           'CIFAR_MD5', 'AUGMENTATIONS', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'load_cifar', 'download_cifar',
-           'data_folder', 'data_sha256', 'load_data', 'is_official', 'describe_data', 'check_images', 'train_transform',
-           'test_transform', 'CIFARDataset', 'stratified_split', 'EpochSampler', 'Draws', 'draw', 'augment_batch',
-           'DeviceDataset', 'CIFARDataModule']
+           'CIFAR_MD5', 'AUGMENTATIONS', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'read_classes', 'load_cifar',
+           'download_cifar', 'data_folder', 'data_sha256', 'load_data', 'is_official', 'describe_data', 'check_images',
+           'train_transform', 'test_transform', 'CIFARDataset', 'stratified_split', 'EpochSampler', 'Draws', 'draw',
+           'augment_batch', 'DeviceDataset', 'CIFARDataModule']
 
 # %% ../nbs/01_data.ipynb #7a9be065
 import os
@@ -253,7 +253,7 @@ def find_data(
     folder = Path(given or data_root()/CIFAR_FOLDER).expanduser()
     if (folder/CIFAR_FOLDER).exists(): folder = folder/CIFAR_FOLDER
     if folder.is_file(): raise NotADirectoryError(f'{folder}{origin} is a file, and should be the folder that holds {TRAIN_BATCHES[0]}; {_GET}')
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}{origin} is not there; {_GET}, or set FISHNET_DATA to the folder you have')
+    if not folder.is_dir(): raise FileNotFoundError(f'{folder}{origin} is not there; {_GET}{"" if path else ", or set FISHNET_DATA to the folder you have"}')
     return folder
 
 # %% ../nbs/01_data.ipynb #4d07db1e
@@ -268,7 +268,7 @@ def _check_files(folder: Path) -> None:
     missing = [name for name in wanted if not (folder/name).exists()]
     if missing: raise FileNotFoundError(f'{folder} lacks {", ".join(missing)} of the {len(wanted)} files {", ".join(wanted)}; {_GET}')
 
-def _read_classes(path: Path) -> tuple[str, ...]:
+def read_classes(path: Path) -> tuple[str, ...]:
     "The class names in `batches.meta`. Raises ValueError."
     names, allowed = unpickle(path).get(b'label_names'), 'a list of names'
     if not isinstance(names, list) or not names: raise _wrong(path, 'label_names', names, allowed)
@@ -307,7 +307,7 @@ def load_cifar(
     "All images and labels of a folder in CIFAR-10's layout, checked. Raises OSError of the fitting kind, or ValueError."
     folder = find_data(path)
     _check_files(folder)
-    classes = _read_classes(folder/META)
+    classes = read_classes(folder/META)
     images, labels = zip(*(_read_batch(folder/name, len(classes)) for name in TRAIN_BATCHES))
     return CIFAR(np.concatenate(images), np.concatenate(labels), *_read_batch(folder/TEST_BATCH, len(classes)), classes)
 

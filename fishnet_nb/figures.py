@@ -103,7 +103,7 @@ def find_links(
     side: int = 32,  # side of the image, px
 ) -> list[Link]:  # in the order in which an image passes their targets
     "Which feature each stage of body and head takes from the other side, found by sending an image through the model."
-    made, links, hooks = [], [], []
+    made, links, hooks, was_training = [], [], [], model.training
     def note(name):
         def hook(stage, inputs, output):
             if len(inputs) == 2: links.append(next(Link(source, name, tensor.shape[1]) for source, tensor in made if tensor is inputs[1]))
@@ -111,9 +111,10 @@ def find_links(
         return hook
     try:
         hooks = [stage.register_forward_hook(note(name)) for name, stage in named_stages(model).items()]
-        with torch.no_grad(): model.forward_features(next(model.parameters()).new_zeros(1, model.tail.in_channels, side, side))
+        with torch.no_grad(): model.eval().forward_features(next(model.parameters()).new_zeros(1, model.tail.in_channels, side, side))
     finally:
         for hook in hooks: hook.remove()
+        model.train(was_training)
     return links
 
 # %% ../nbs/00_review.ipynb #9183dc14

@@ -10,6 +10,7 @@ __all__ = ['FishNet', 'list_models', 'create_model', 'StageRow', 'named_stages',
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
@@ -92,11 +93,11 @@ def create_model(
     **kwargs,  # widths, tail, body, head, k, preact, final_norm, stem_stride; body, head and k for FishNets only
 ) -> nn.Module:  # [N, in_channels, H, W] -> [N, num_classes]
     "A model by name. ValueError for an unknown name, numbers that don't fit or weights that aren't there; TypeError for an unknown argument."
-    if pretrained: return _create_pretrained(name, num_classes, in_channels, **kwargs)
     make, depths = _lookup(name)
     allowed = inspect.signature(make).parameters
     if unknown := set(kwargs) - set(allowed):
         raise TypeError(f'{name} has no argument {", ".join(sorted(unknown))}: it takes {", ".join(allowed)}')
+    if pretrained: return _create_pretrained(name, num_classes, in_channels, **kwargs)
     given = {key: value for key, value in kwargs.items() if value is not None}
     return make(**{**depths, **given}, num_classes=num_classes, in_channels=in_channels)
 
@@ -173,10 +174,15 @@ def save_weights(
     path: str | Path,  # a .safetensors file
     about: dict,  # arch, arch_args, num_classes, in_channels, classes, and what else is known of them; plain values
 ) -> Path:
-    "Write a model's weights and what they belong to."
+    "Write a model's weights and what they belong to; until all is written, an earlier file stays."
     from safetensors.torch import save_file
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path, {'about': json.dumps(about, ensure_ascii=False)})
-    return Path(path)
+    path = Path(path)
+    scratch = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
+        os.replace(scratch, path)
+    finally: scratch.unlink(missing_ok=True)
+    return path
 
 def read_weights(
     path: str | Path,  # a .safetensors file written by `save_weights`

@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, find_data, unpickle
+from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, find_data, read_classes
 from .models import load_weights, pretrained_path, read_weights, save_weights
 from .shapes import SHAPE_CLASSES
 from .training import (Classifier, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
@@ -75,7 +75,7 @@ def find_checkpoint(
     if path is not None: return path
     if any((folder/'record.json').is_file() for folder in folders):
         raise FileNotFoundError(f'{run!s} is a record without checkpoints/best.ckpt, since records are kept without their checkpoints: '
-                                f'train again, by `fishnet-nb reproduce {Path(run).name}`, or name another run')
+                                f'train again, by `fishnet-nb reproduce {run!s}`, or name another run')
     known = sorted(path.parent.parent.name for path in Path(root).glob('*/checkpoints/best.ckpt'))
     raise FileNotFoundError(f'{run!s} is neither a checkpoint nor a run: {"in " + str(root) + " there are " + ", ".join(known) if known else "train first, as by `fishnet-nb fit quick`"}')
 
@@ -91,17 +91,17 @@ def test_run(
 ) -> tuple[Evaluation, CIFARDataModule]:
     "A run's best checkpoint on the test images. FileNotFoundError, or ValueError for a checkpoint or data that don't fit."
     path = pretrained_path('fishnet73') if run is None else find_checkpoint(run, root)
-    classifier, _ = load_trained(path)
+    classifier, classes = load_trained(path)
     if mirror is not None: classifier.hparams.mirror = mirror
     module = CIFARDataModule(data or trained_on(path), val_fraction=0, num_workers=0)
-    if module.num_classes != classifier.hparams.num_classes:
-        raise ValueError(f'{path} tells {classifier.hparams.num_classes} classes apart, and the data has {module.num_classes}: name its data by --data')
+    if module.num_classes != len(classes): raise ValueError(f'{path} tells {len(classes)} classes apart, and the data has {module.num_classes}: name its data by --data')
+    if data is None and module.classes != classes: raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: name its data by --data')
     return evaluate(classifier.to(best_device()), module.test_dataloader()), module
 
 def trained_on(
     path: str | Path,  # a .ckpt or .safetensors file
 ) -> str:
-    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder; 'cifar10' if the file doesn't say."
+    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder if it is a checkpoint; 'cifar10' if the file doesn't say."
     if Path(path).suffix == '.safetensors': return read_weights(path)[1].get('data', {}).get('name', 'cifar10')
     data = read_checkpoint(path).get('datamodule_hyper_parameters')
     return str(data.get('data', 'cifar10')) if isinstance(data, dict) else 'cifar10'
@@ -140,26 +140,27 @@ def class_names(
     data, n = trained_on(path), load_classifier(path).hparams.num_classes
     if data in ('cifar10', 'shapes'): names = SHAPE_CLASSES if data == 'shapes' else CIFAR_CLASSES
     else:
-        try: names = [name.decode() for name in unpickle(find_data(data)/'batches.meta')[b'label_names']]
-        except (OSError, ValueError, KeyError, AttributeError): names = []
+        try: names = read_classes(find_data(data)/'batches.meta')
+        except (OSError, ValueError): names = []
     return tuple(names) if len(names) == n else tuple(f'class {i}' for i in range(n))
 
 # %% ../nbs/08_testing.ipynb #e8a1c0d3
 def record_test(
-    path: str | Path,  # a JSON file; what it says of other datasets stays
+    path: str | Path,  # a JSON file; what it says of other data and other weights stays
     tested: str | Path,  # the checkpoint or the weights
     found: dict[str, Evaluation],  # by how the images were shown, 'mirrored' or 'alone'
     data: dict,  # `CIFARDataModule.data_info()`
 ) -> None:
-    "Write the errors of a test under the SHA-256 of its data. ValueError if the file is no record of tests."
+    "Add the errors to a record of tests, in place of an earlier test of the same on the same. ValueError if the file is no such record."
     path, tested = Path(path), Path(tested)
-    try: earlier = dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
-    except (ValueError, TypeError): raise ValueError(f'{path} is not a record of tests: move it away') from None
+    key = lambda entry: (entry['data']['sha256'], entry['tested_sha256'])
+    try: earlier = {key(entry): entry for entry in json.loads(path.read_text(encoding='utf-8'))} if path.is_file() else {}
+    except (ValueError, TypeError, KeyError): raise ValueError(f'{path} is not a record of tests: move it away') from None
     errors = {how: dict(top1_error=e.top1_error, top5_error=e.top5_error) for how, e in found.items()}
-    entry = dict(data=data['description'], n_test=data['n_test'], errors=errors, tested=tested.name, tested_sha256=hashlib.sha256(tested.read_bytes()).hexdigest(),
+    entry = dict(data={key: data[key] for key in ('description', 'sha256', 'n_test')}, errors=errors, tested=tested.name, tested_sha256=hashlib.sha256(tested.read_bytes()).hexdigest(),
                  commit=code_commit(), device=device_name(best_device()), versions=package_versions())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(earlier | {data['sha256']: entry}, indent=1, ensure_ascii=False) + '\n')
+    write_atomically(path, json.dumps([*(earlier | {key(entry): entry}).values()], indent=1, ensure_ascii=False) + '\n')
 
 # %% ../nbs/08_testing.ipynb #99adb1ae
 def plot_history(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'make_metrics', 'summarise', 'Classifier', 'list_recipes', 'recipe_path', 'has_fast_bf16', 'RecipeCLI',
-           'write_atomically', 'AtomicCheckpointIO', 'device_name', 'describe_device', 'code_commit',
-           'package_versions', 'read_metrics', 'RunRecorder', 'read_record', 'results_table', 'read_checkpoint',
-           'load_classifier', 'run_folder', 'quiet_lightning', 'fit']
+           'write_atomically', 'AtomicCheckpointIO', 'MovableCheckpoint', 'device_name', 'describe_device',
+           'code_commit', 'package_versions', 'read_metrics', 'RunRecorder', 'read_record', 'results_table',
+           'read_checkpoint', 'load_classifier', 'run_folder', 'quiet_lightning', 'fit']
 
 # %% ../nbs/07_training.ipynb #44640f81
 import csv
@@ -158,10 +158,15 @@ def recipe_path(
     raise ValueError(f'unknown recipe {recipe!r}: known are {", ".join(list_recipes())}' + (f'; did you mean {near[0]!r}?' if near else ''))
 
 # %% ../nbs/07_training.ipynb #2be0e39f
+def _cpu_info(key: str) -> str:
+    "What Linux says of the processor under that key; nothing elsewhere."
+    try: return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith(key))
+    except (OSError, StopIteration): return ''
+
 def _bf16_unit() -> str:
     "The CPU's fastest instructions for bfloat16, or nothing."
-    capabilities = torch.cpu.get_capabilities()
-    return next((unit for flag, unit in [('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX-512 BF16')] if capabilities.get(flag)), '')
+    flags = _cpu_info('flags').split()
+    return next((unit for flag, unit in [('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX-512 BF16')] if flag in flags), '')
 
 def has_fast_bf16(
     accelerator: str = 'auto',  # Lightning's name for the device
@@ -205,6 +210,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(f'{path} could not be written ({str(error).splitlines()[0]}); the previous checkpoint is intact: make room, then resume') from error
         finally: scratch.unlink(missing_ok=True)
 
+class MovableCheckpoint(ModelCheckpoint):
+    "Goes on with the best checkpoint where the run's folder is now, although its state names where it was."
+    def load_state_dict(self, state_dict: dict) -> None:
+        here = lambda path: path and str(Path(self.dirpath)/Path(path).name)
+        moved = {key: here(state_dict[key]) for key in ('best_model_path', 'kth_best_model_path', 'last_model_path')}
+        kept = {here(path): score for path, score in state_dict['best_k_models'].items()}
+        super().load_state_dict(state_dict | moved | dict(dirpath=self.dirpath, best_k_models=kept))
+
 # %% ../nbs/07_training.ipynb #bb9101ed
 def device_name(
     device: torch.device,  # a GPU or the CPU
@@ -222,8 +235,7 @@ def describe_device(
 
 def _cpu_name() -> str:
     "The processor's name, and what it has for bfloat16."
-    try: name = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration): name = platform.processor() or platform.machine()
+    name = _cpu_info('model name') or platform.processor() or platform.machine()
     return name + (f' with {unit}' if (unit := _bf16_unit()) else '')
 
 def code_commit() -> str | None:
@@ -261,12 +273,18 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
     def __init__(self,
         folder: Path,  # the run's folder
         record: dict,  # what is known before the run
+        config: str,  # what config.yaml is to hold
+        rows: Sequence[dict] = (),  # of the epochs before the run was resumed
     ):
-        self.folder, self.record, self.rows = folder, record, []
+        self.folder, self.record, self.config, self.rows = folder, record, config, list(rows)
+        self.has_started = False  # before that, nothing of an earlier run may be changed
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.record |= dict(device=describe_device(trainer))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.rows = [row for row in read_metrics(self.folder/'metrics.csv') if row['epoch'] < trainer.current_epoch]
-        self.record |= dict(device=describe_device(trainer))
+        self.rows, self.has_started = [row for row in self.rows if row['epoch'] < trainer.current_epoch], True
+        if trainer.is_global_zero: write_atomically(self.folder/'config.yaml', self.config)
         if trainer.world_size > 1:  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
             signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else signal.SIG_IGN)  # the first rank ends the others
         stopping = trainer.early_stopping_callback
@@ -423,8 +441,8 @@ def _parse(
 
 def _callbacks(folder: Path, recorder: RunRecorder) -> list[Callback]:
     "What accompanies a run: the record, the last and the best checkpoint, early stopping."
-    best = ModelCheckpoint(folder/'checkpoints', 'best', monitor='val_loss', save_on_train_epoch_end=True, enable_version_counter=False)
-    last = ModelCheckpoint(folder/'checkpoints', 'last', monitor=None, save_on_train_epoch_end=True, enable_version_counter=False)
+    best, last = (MovableCheckpoint(folder/'checkpoints', name, monitor=monitor, save_on_train_epoch_end=True, enable_version_counter=False)
+                  for name, monitor in (('best', 'val_loss'), ('last', None)))
     return [recorder, EarlyStopping('val_loss', patience=20, check_on_train_epoch_end=True), best, last]
 
 def fit(
@@ -436,13 +454,31 @@ def fit(
 ) -> Path:  # the run's folder
     """Train by a recipe, test the best checkpoint, and leave record.json, metrics.csv, config.yaml and checkpoints in `root/name`.
     ValueError for what doesn't exist or fit, FloatingPointError if the loss is no longer finite, KeyboardInterrupt if stopped; the run can be resumed then."""
-    source = recipe_path(recipe)
-    name = name or source.stem
+    name = name or Path(recipe).stem
     with quiet_lightning():
-        folder = run_folder(root, name, resume=True) if resume else None
-        cli = _parse(folder/'config.yaml' if resume else source, args)
+        folder = _resumable_folder(root, name, Path(recipe).stem) if resume else None
+        cli = _parse(folder/'config.yaml' if resume else recipe_path(recipe), args)
+        _check_run(cli.trainer, cli.datamodule)
         folder = folder or run_folder(root, name, resume=False)
-        return _run(cli, folder, source.stem, resume)
+        return _run(cli, folder, Path(recipe).stem, resume)
+
+def _resumable_folder(root: str | Path, name: str, recipe: str) -> Path:
+    "The folder of a run that can go on. FileNotFoundError for one without its checkpoint, ValueError for one of another recipe."
+    folder = run_folder(root, name, resume=True)
+    record = read_record(folder) if (folder/'record.json').is_file() else {}
+    if record.get('recipe', recipe) != recipe: raise ValueError(f'{folder} is a run of the recipe {record["recipe"]}, not of {recipe}')
+    is_long = record.get('status') == 'finished' or len(read_metrics(folder/'metrics.csv')) > 1  # killed in its first epoch, a run has none yet, and begins again
+    if is_long and not (folder/'checkpoints'/'last.ckpt').is_file():
+        raise FileNotFoundError(f'{folder/"checkpoints"/"last.ckpt"} is missing, so this run can\'t go on: records are kept without their checkpoints; train it again without --resume')
+    return folder
+
+def _check_run(trainer: Trainer, data: CIFARDataModule) -> None:
+    "ValueError for what would leave a run without a best epoch."
+    if not data.split[1].size: raise ValueError('data.val_fraction is 0: a run needs validation images, which choose its best epoch')
+    wrong = {'trainer.check_val_every_n_epoch': trainer.check_val_every_n_epoch != 1, 'trainer.limit_val_batches': trainer.limit_val_batches == 0,
+             'trainer.limit_train_batches': trainer.limit_train_batches == 0, 'trainer.max_epochs': trainer.max_epochs == 0, 'trainer.fast_dev_run': bool(trainer.fast_dev_run)}
+    for name, is_wrong in wrong.items():
+        if is_wrong: raise ValueError(f'{name}: a run needs training and validation in every epoch, which choose its best one; try it out by --trainer.max_epochs=1 --trainer.limit_train_batches=2')
 
 def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     "Train, test and record."
@@ -450,21 +486,21 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     config = json.loads(cli.parser.dump(cli.config, format='json', skip_link_targets=False))
     record = dict(name=folder.name, recipe=recipe, hparams=config, seed=cli.config.seed_everything, data=data.data_info(), commit=code_commit(),
                   versions=package_versions(), started=datetime.now(timezone.utc).strftime('%Y-%m-%d'), **_size(model))
-    recorder = RunRecorder(folder, record)
+    recorder = RunRecorder(folder, record, cli.parser.dump(cli.config), read_metrics(folder/'metrics.csv') if resume else ())
     trainer.callbacks = [*trainer.callbacks, *_callbacks(folder, recorder)]
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     last = folder/'checkpoints'/'last.ckpt'
-    if not data.split[1].size: raise ValueError('data.val_fraction is 0: a run needs validation images, which choose its best epoch')
     if trainer.is_global_zero:
-        cli.parser.save(cli.config, folder/'config.yaml', overwrite=True)
         for scratch in (folder/'checkpoints').glob('.*'): scratch.unlink()  # half a checkpoint of a process that was killed
-    try: trainer.fit(model, data, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
+    try:
+        trainer.fit(model, data, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
+        found = _final(trainer, model, data, recorder.rows)
     except FloatingPointError: recorder.write(trainer, status='stopped: the loss is no longer finite'); raise
     except BaseException as error:
-        recorder.write(trainer, status='interrupted')
+        if recorder.has_started: recorder.write(trainer, status='interrupted')
         if isinstance(error, SystemExit): raise KeyboardInterrupt(f'stopped after {len(recorder.rows)} epochs') from None
         raise
-    recorder.write(trainer, status='finished', **_final(trainer, model, data, recorder))
+    recorder.write(trainer, status='finished', **found)
     return folder
 
 def _size(model: Classifier) -> dict:
@@ -472,9 +508,11 @@ def _size(model: Classifier) -> dict:
     size = count_complexity(model.model, (model.hparams.in_channels, 32, 32))
     return dict(params=size.params, flops=size.flops)
 
-def _final(trainer: Trainer, model: Classifier, data: CIFARDataModule, recorder: RunRecorder) -> dict:
+def _final(trainer: Trainer, model: Classifier, data: CIFARDataModule, rows: Sequence[dict]) -> dict:
     "Validation figures of the best epoch, and the test figures of its checkpoint."
-    best = min(recorder.rows, key=lambda row: row['val_loss'])
-    found, = trainer.test(model, data, ckpt_path=trainer.checkpoint_callbacks[1].best_model_path, weights_only=True, verbose=False)
+    best = min(rows, key=lambda row: row['val_loss'])
+    path = next(callback.best_model_path for callback in trainer.checkpoint_callbacks if isinstance(callback, MovableCheckpoint) and callback.monitor)
+    model.load_state_dict(read_checkpoint(path)['state_dict'])  # by its ckpt_path, Lightning would test an averaged network without its averaging
+    found, = trainer.test(model, data, verbose=False)
     test = {key.removeprefix('test_'): int(value) if key == 'test_n' else value for key, value in found.items()}
     return dict(best_epoch=best['epoch'], val={key.removeprefix('val_'): best[key] for key in COLUMNS if key.startswith('val_')}, test=test)

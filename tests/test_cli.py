@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fishnet_nb.cli import _repeatable, main
+from fishnet_nb.models import load_weights, read_weights, save_weights
 from fishnet_nb.training import read_metrics, read_record
 
 # a very thin FishNet on a few synthetic shapes
@@ -129,20 +130,26 @@ def test_run_is_tested(inside, capsys):
 def test_weights_are_tested_as_their_run_was(inside, capsys):
     "An exported file has its run's errors; the weights in the package are shown mirror images, too, and the record of tests keeps what it has of other data."
     assert main(['export', 'tiny', '--out', 'tiny.safetensors']) == main(['test', 'tiny']) == main(['test', 'tiny.safetensors']) == 0
-    (run,), (weights,) = (json.loads(path.read_text()).values() for path in (Path('results/tiny/test.json'), Path('test.json')))
-    assert run['errors'] == weights['errors'] and run['n_test'] == 1000 and list(run['errors']) == ['alone']
+    (run,), (weights,) = (json.loads(path.read_text()) for path in (Path('results/tiny/test.json'), Path('test.json')))
+    assert run['errors'] == weights['errors'] and run['data']['n_test'] == 1000 and list(run['errors']) == ['alone']
     (inside/'results'/'pretrained').mkdir()
-    Path('results/pretrained/test.json').write_text('{"0": "of other data"}')
+    Path('results/pretrained/test.json').write_text(json.dumps([run]))
     capsys.readouterr()
     assert main(['test', '--data', 'shapes']) == 0
     out = capsys.readouterr().out
-    other, found = json.loads(Path('results/pretrained/test.json').read_text()).values()
-    assert other == 'of other data' and list(found['errors']) == ['mirrored', 'alone']
+    other, found = json.loads(Path('results/pretrained/test.json').read_text())
+    assert other == run and list(found['errors']) == ['mirrored', 'alone']
     for errors in found['errors'].values(): assert f'{errors["top1_error"]:.1%}' in out
-    Path('results/pretrained/test.json').write_text('[1]')
+    Path('results/pretrained/test.json').write_text('{"mine": 1}')
     assert main(['test', '--data', 'shapes']) == 2
-    assert 'test.json is not a record of tests' in capsys.readouterr().err
+    found = capsys.readouterr()
+    assert 'test.json is not a record of tests' in found.err and 'with mirror images' in found.out
+    assert Path('results/pretrained/test.json').read_text() == '{"mine": 1}'
     shutil.rmtree('results/pretrained')
+    own = read_weights('tiny.safetensors')[1] | {'classes': list('abcdefghij')}
+    save_weights(load_weights('tiny.safetensors'), 'own.safetensors', own)
+    assert main(['test', 'own.safetensors']) == 2
+    assert 'knows the classes a, b, c' in capsys.readouterr().err
 
 
 def test_damaged_metrics_are_named(inside, capsys):

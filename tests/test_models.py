@@ -64,3 +64,12 @@ def test_weights_in_the_package_err_no_more_than_they_say():
     except FileNotFoundError: pytest.skip('real CIFAR-10 is not there')
     stated = read_weights(pretrained_path('fishnet73'))[1]['test']
     assert found.top1_error < stated['top1_error'] + .02 and found.top5_error < stated['top5_error'] + .01
+
+
+def test_drawing_leaves_the_model_as_it_is():
+    "Its batch norms' statistics and its mode; also for an image of which the last stage keeps one pixel."
+    from fishnet_nb.figures import draw_fish
+    model = create_model('fishnet73', widths=(8, 16, 32, 64)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    draw_fish(model, 8)
+    assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

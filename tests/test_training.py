@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishnet_nb.training import _parse, fit, list_recipes, load_classifier, quiet_lightning, read_metrics, read_record, recipe_path
+from fishnet_nb.testing import test_run as run_test
+from fishnet_nb.training import _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
 
 from runs import TINY, figures, finish, Run, start, wait_for_epochs
 
@@ -32,9 +33,30 @@ def test_killed_and_resumed_run_equals_one_that_was_not(work):
         process.send_signal(stop)
         process.communicate(timeout=60)
         assert process.returncode != 0 and len(figures(work/'results'/name)) < 4
-        finish(Run(work, f'--name={name}', '--resume'))
-        assert figures(work/'results'/name) == figures(work/'results'/'straight')
-        assert read_record(work/'results'/name)['test'] == read_record(work/'results'/'straight')['test']
+        (work/'results'/name).rename(work/'results'/f'{name}-moved')  # a run goes on where it is put
+        finish(Run(work, f'--name={name}-moved', '--resume'))
+        assert figures(work/'results'/f'{name}-moved') == figures(work/'results'/'straight')
+        assert read_record(work/'results'/f'{name}-moved')['test'] == read_record(work/'results'/'straight')['test']
+
+
+def test_run_killed_in_its_test_is_tested_when_resumed(work):
+    "All its epochs are done, and only the record is missing."
+    folder = work/'results'/'straight'
+    before, stated = figures(folder), read_record(folder)
+    (folder/'record.json').unlink()
+    finish(Run(work, '--name=straight', '--resume'))
+    for key in 'test', 'val', 'best_epoch', 'epochs', 'device': assert read_record(folder)[key] == stated[key]
+    assert figures(folder) == before
+
+
+def test_averaged_weights_are_those_that_are_tested(work, monkeypatch):
+    "The test at the end of a run with averaged weights has them, as its best checkpoint has."
+    monkeypatch.chdir(work)
+    stated, found = read_record('straight'), run_test('straight')[0]
+    assert (found.top1_error, found.top5_error) == pytest.approx((stated['test']['top1_error'], stated['test']['top5_error']))
+    content = read_checkpoint(work/'results'/'straight'/'checkpoints'/'best.ckpt')
+    assert content['epoch'] == stated['best_epoch']
+    assert any(not torch.equal(tensor, content['current_model_state'][name]) for name, tensor in content['state_dict'].items())
 
 
 def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
@@ -77,10 +99,12 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
 
 @pytest.mark.parametrize('args, message', [
     (['--trainer.max_epoch=3'], 'max_epoch'), (['--model.lr=fast'], 'lr'), (['--model.optimizer=lion'], "allowed are 'adam', 'sgd'"),
-    (['--model.arch=fishnet98'], "did you mean 'fishnet99'"), (['--data.val_fraction=0'], 'val_fraction')])
+    (['--model.arch=fishnet98'], "did you mean 'fishnet99'"), (['--data.val_fraction=0'], 'val_fraction'), (['--trainer.check_val_every_n_epoch=2'], 'check_val_every_n_epoch'),
+    (['--trainer.limit_val_batches=0'], 'limit_val_batches'), (['--trainer.fast_dev_run=true'], 'fast_dev_run'), (['--trainer.max_epochs=0'], 'max_epochs')])
 def test_wrong_argument_is_named(work, monkeypatch, args, message):
     monkeypatch.chdir(work)
     with pytest.raises(ValueError, match=message): fit('quick', [*TINY, *args], name='wrong')
+    assert not (work/'results'/'wrong').exists()
 
 
 @pytest.mark.parametrize('recipe', list_recipes())
@@ -96,7 +120,12 @@ def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatc
     for _ in range(2): finish(Run(work, '--name=twice', *args))
     assert json.loads((work/'results'/'twice-2'/'record.json').read_text())['name'] == 'twice-2'
     monkeypatch.chdir(work)
+    files = {path: path.read_bytes() for path in (work/'results'/'twice').glob('*.*')}
     with pytest.raises(ValueError, match='one-cycle schedule of this run ends after 1 steps, and now there would be [0-9]+'): fit('quick', ['--trainer.max_epochs=2'], name='twice', resume=True)
+    with pytest.raises(ValueError, match='a run of the recipe quick, not of cpu'): fit('cpu', name='twice', resume=True)
+    (work/'results'/'twice'/'checkpoints'/'last.ckpt').unlink()
+    with pytest.raises(FileNotFoundError, match='last.ckpt is missing, so this run can\'t go on'): fit('quick', name='twice', resume=True)
+    assert files == {path: path.read_bytes() for path in (work/'results'/'twice').glob('*.*')}
 
 
 class Runs:
