@@ -27,7 +27,7 @@ def bottleneck_body(
     dilation: int = 1,  # dilation of the 3×3 convolution
     preact: bool = True,  # normalise and activate before each convolution, or after it
 ) -> nn.Sequential:  # [N, in_channels, H, W] -> [N, out_channels, H, W]
-    "A bottleneck without its shortcut: M in the paper's equations (6) and (9), and its transferring block T."
+    "A bottleneck without its shortcut: M in the paper's equations (6) and (9), and the transferring block T of this library."
     layers = []
     for i, (channels, conv) in enumerate(_convs(in_channels, out_channels, dilation)):
         if preact: layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), conv]

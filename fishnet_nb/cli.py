@@ -391,7 +391,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit = _add(commands, _run_fit, 'fishnet-nb fit quick', 'fishnet-nb fit quick --name short --trainer.max_epochs=3 --model.lr=0.05',
                'fishnet-nb fit student --trainer.devices=2       two GPUs', 'fishnet-nb fit quick --name short --resume        after Ctrl-C')
     fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10, an hour or more on two cores), '
-                                                      'student (FishNet-99 on CIFAR-10, for a GPU), or a YAML file of your own')
+                                                      'student and best (FishNet-99 on CIFAR-10, for a GPU), or a YAML file of your own')
     fit.add_argument('--name', help="the run's folder in results/; the recipe's name by default, with -2, -3 … if that is taken")
     fit.add_argument('--resume', action='store_true', help='go on with the run of that name after its last complete epoch')
 
