@@ -84,7 +84,7 @@ def _resumable(name: str, recipe: str, resume: bool = False) -> Iterator[None]:
     try: yield
     except KeyboardInterrupt as error:
         begun = [Path('results')/name] if resume else [folder for folder in _folders(name) if folder not in earlier][-1:]
-        how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(str(begun[0].relative_to("results")))} --resume' if begun else 'nothing was trained yet'
+        how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(str(Path(name).with_name(begun[0].name)))} --resume' if begun else 'nothing was trained yet'
         raise KeyboardInterrupt(f'{error or "stopped"}; {how}') from None
 
 def _folders(name: str) -> list[Path]:

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -212,6 +212,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 class MovableCheckpoint(ModelCheckpoint):
     "Goes on with the best checkpoint where the run's folder is now, although its state names where it was."
+    @property
+    def state_key(self) -> str:
+        "That of Lightning's class, so that their checkpoints can be read in place of one another."
+        return super().state_key.replace(type(self).__qualname__, 'ModelCheckpoint', 1)
+
     def load_state_dict(self, state_dict: dict) -> None:
         here = lambda path: path and str(Path(self.dirpath)/Path(path).name)
         moved = {key: here(state_dict[key]) for key in ('best_model_path', 'kth_best_model_path', 'last_model_path')}
@@ -283,13 +288,18 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
         self.record |= dict(device=describe_device(trainer))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.rows, self.has_started = [row for row in self.rows if row['epoch'] < trainer.current_epoch], True
-        if trainer.is_global_zero: write_atomically(self.folder/'config.yaml', self.config)
+        self.rows = [row for row in self.rows if row['epoch'] < trainer.current_epoch]
+        self.begin(trainer)
         if trainer.world_size > 1:  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
             signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else signal.SIG_IGN)  # the first rank ends the others
         stopping = trainer.early_stopping_callback
         if stopping and stopping.wait_count >= stopping.patience: trainer.should_stop = True  # it was killed when it had no more epochs to go
         self.epoch_started = time.perf_counter()
+
+    def begin(self, trainer: Trainer) -> None:
+        "From here on the folder is this run's."
+        self.has_started = True
+        if trainer.is_global_zero: write_atomically(self.folder/'config.yaml', self.config)
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.epoch_started = time.perf_counter()
@@ -467,7 +477,8 @@ def _resumable_folder(root: str | Path, name: str, recipe: str) -> Path:
     folder = run_folder(root, name, resume=True)
     record = read_record(folder) if (folder/'record.json').is_file() else {}
     if record.get('recipe', recipe) != recipe: raise ValueError(f'{folder} is a run of the recipe {record["recipe"]}, not of {recipe}')
-    is_long = record.get('status') == 'finished' or len(read_metrics(folder/'metrics.csv')) > 1  # killed in its first epoch, a run has none yet, and begins again
+    if not record: recipe_path(recipe)  # no record says whether it is the run's
+    is_long = record.get('status', 'interrupted') != 'interrupted' or len(read_metrics(folder/'metrics.csv')) > 1  # killed in its first epoch, a run has none yet, and begins again
     if is_long and not (folder/'checkpoints'/'last.ckpt').is_file():
         raise FileNotFoundError(f'{folder/"checkpoints"/"last.ckpt"} is missing, so this run can\'t go on: records are kept without their checkpoints; train it again without --resume')
     return folder
@@ -494,14 +505,25 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
         for scratch in (folder/'checkpoints').glob('.*'): scratch.unlink()  # half a checkpoint of a process that was killed
     try:
         trainer.fit(model, data, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
+        if not recorder.has_started:  # all epochs were done before
+            if (folder/'record.json').is_file() and read_record(folder)['status'] == 'finished':
+                if (folder/'config.yaml').read_text(encoding='utf-8') == recorder.config: return folder
+                raise ValueError(f'{folder} is finished, and by these changes no epoch is left to train: nothing was changed')
+            recorder.begin(trainer)
         found = _final(trainer, model, data, recorder.rows)
     except FloatingPointError: recorder.write(trainer, status='stopped: the loss is no longer finite'); raise
     except BaseException as error:
         if recorder.has_started: recorder.write(trainer, status='interrupted')
+        elif not resume and trainer.is_global_zero: _remove_empty(folder/'checkpoints', folder)
         if isinstance(error, SystemExit): raise KeyboardInterrupt(f'stopped after {len(recorder.rows)} epochs') from None
         raise
     recorder.write(trainer, status='finished', **found)
     return folder
+
+def _remove_empty(*folders: Path) -> None:
+    "Remove the folders that nothing is in."
+    for folder in folders:
+        with suppress(OSError): folder.rmdir()
 
 def _size(model: Classifier) -> dict:
     "Parameters, and FLOPs for one image."

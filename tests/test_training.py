@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from fishnet_nb.testing import test_run as run_test
-from fishnet_nb.training import _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
+from fishnet_nb.training import MovableCheckpoint, RunRecorder, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
 
 from runs import TINY, figures, finish, Run, start, wait_for_epochs
 
@@ -33,28 +34,32 @@ def test_killed_and_resumed_run_equals_one_that_was_not(work):
         process.send_signal(stop)
         process.communicate(timeout=60)
         assert process.returncode != 0 and len(figures(work/'results'/name)) < 4
-        (work/'results'/name).rename(work/'results'/f'{name}-moved')  # a run goes on where it is put
-        finish(Run(work, f'--name={name}-moved', '--resume'))
-        assert figures(work/'results'/f'{name}-moved') == figures(work/'results'/'straight')
-        assert read_record(work/'results'/f'{name}-moved')['test'] == read_record(work/'results'/'straight')['test']
+        finish(Run(work, f'--name={name}', '--resume'))
+        assert figures(work/'results'/name) == figures(work/'results'/'straight')
+        assert read_record(work/'results'/name)['test'] == read_record(work/'results'/'straight')['test']
 
 
 def test_run_killed_in_its_test_is_tested_when_resumed(work):
-    "All its epochs are done, and only the record is missing."
-    folder = work/'results'/'straight'
+    "All its epochs are done, and only the record is missing; that it was moved meanwhile makes no difference. Then nothing is left to do, and nothing is changed."
+    folder = (work/'results'/'straight').rename(work/'results'/'moved')
     before, stated = figures(folder), read_record(folder)
     (folder/'record.json').unlink()
-    finish(Run(work, '--name=straight', '--resume'))
+    finish(Run(work, '--name=moved', '--resume'))
     for key in 'test', 'val', 'best_epoch', 'epochs', 'device': assert read_record(folder)[key] == stated[key]
     assert figures(folder) == before
+    files = {path: path.read_bytes() for path in folder.glob('**/*.*')}
+    finish(Run(work, '--name=moved', '--resume'))
+    again = Run(work, '--name=moved', '--resume', '--model.mirror=false')
+    assert 'moved is finished' in again.communicate(timeout=60)[1] and again.returncode == 2
+    assert files == {path: path.read_bytes() for path in folder.glob('**/*.*')}
 
 
 def test_averaged_weights_are_those_that_are_tested(work, monkeypatch):
     "The test at the end of a run with averaged weights has them, as its best checkpoint has."
     monkeypatch.chdir(work)
-    stated, found = read_record('straight'), run_test('straight')[0]
+    stated, found = read_record('moved'), run_test('moved')[0]
     assert (found.top1_error, found.top5_error) == pytest.approx((stated['test']['top1_error'], stated['test']['top5_error']))
-    content = read_checkpoint(work/'results'/'straight'/'checkpoints'/'best.ckpt')
+    content = read_checkpoint(work/'results'/'moved'/'checkpoints'/'best.ckpt')
     assert content['epoch'] == stated['best_epoch']
     assert any(not torch.equal(tensor, content['current_model_state'][name]) for name, tensor in content['state_dict'].items())
 
@@ -157,3 +162,21 @@ def test_full_disk_is_said_and_leaves_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(OSError, match='No space left on device.*previous checkpoint is intact'): io.save_checkpoint({}, path)
     assert torch.load(path)['state_dict']['w'].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ['last.ckpt']
+
+
+def test_best_checkpoint_moves_with_its_run(tmp_path):
+    "What Lightning's own class says of it is read, too, and its score is kept, against which later epochs are measured."
+    old, new = ModelCheckpoint(tmp_path/'old', 'best', monitor='val_loss'), MovableCheckpoint(tmp_path/'new', 'best', monitor='val_loss')
+    old.best_model_path = old.kth_best_model_path = str(tmp_path/'old'/'best.ckpt')
+    old.best_k_models, old.best_model_score, old.kth_value = {old.best_model_path: torch.tensor(.5)}, torch.tensor(.5), torch.tensor(.5)
+    new.load_state_dict(old.state_dict())
+    assert new.state_key == old.state_key and new.best_model_score == .5
+    assert new.best_model_path == str(tmp_path/'new'/'best.ckpt') and list(new.best_k_models) == [new.best_model_path]
+
+
+def test_run_that_never_starts_leaves_no_folder(work, monkeypatch):
+    monkeypatch.chdir(work)
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(RunRecorder, 'on_fit_start', stop)
+    with pytest.raises(KeyboardInterrupt): fit('quick', TINY, name='never')
+    assert not (work/'results'/'never').exists()
