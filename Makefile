@@ -15,12 +15,12 @@ export PYTHONWARNINGS ?= ignore:::debugpy
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \?//p; /^$$/q' Makefile
+	@sed -nE 's/^# ?//p; /^$$/q' Makefile
 
 # .venv is complete when this stamp is there; an interrupted installation leaves none, and is done again
 .venv/.installed: requirements.lock settings.ini setup.py
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: $$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; name one as in: make run PYTHON=python3.12" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
@@ -43,23 +43,23 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
 
 lab: .venv/.installed
-	jupyter lab nbs/00_review.ipynb
+	$(BIN)/jupyter lab nbs/00_review.ipynb
 
 # nbdev_proc_nbs would install Quarto first, as root; this is the rest of it, without the other names that nbdev gives the pages
 site: .venv/.installed
-	@python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
+	@$(BIN)/python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
 	@perl -ni -e 'print unless /"output-file: /' _proc/*.ipynb
-	@smalldocs render --quiet _proc
+	@$(BIN)/smalldocs render --quiet _proc
 
 docs: site
 	@echo "The site is at http://127.0.0.1:$(PORT); stop it by Ctrl-C."
-	@python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
 
 prepare: .venv/.installed
-	nbdev_export
-	nbdev_clean
-	python tests/project.py
-	sed -n '/^\(dev_\)\?requirements = /s/[^=]*= //p' settings.ini | tr ' ' '\n' | uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-annotate - -o requirements.lock
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/project.py
+	sed -nE '/^(dev_)?requirements = /s/[^=]*= //p' settings.ini | tr ' ' '\n' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-annotate - -o requirements.lock
 
 clean:
 	rm -rf _proc _docs build dist artifacts results/run

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
 from types import FrameType
 
@@ -256,12 +257,16 @@ def _run_bench(args: argparse.Namespace) -> int:
     from fishnet_nb.bench import bench, bench_report, plot_bench
     from fishnet_nb.training import write_atomically
     record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds)
-    path = Path('results')/'bench'/f'{args.name or args.model}.json'
+    path = _free(Path('results')/'bench'/f'{args.name or args.model}.json')
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     _save(plot_bench(record), path.with_suffix('.png'))
     print(f'{bench_report(record)}\n\nThe record is {path}, its plot {path.with_suffix(".png")}.')
     return 0
+
+def _free(path: Path) -> Path:
+    "The path, or if that is taken the first of name-2, name-3 … that isn't."
+    return next(free for i in count(1) if not (free := path if i == 1 else path.with_stem(f'{path.stem}-{i}')).exists())
 
 # %% ../nbs/cli.ipynb #77be4905
 def _run_data(args: argparse.Namespace) -> int:
@@ -431,7 +436,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench.add_argument('--batch-size', metavar='N', type=_natural, nargs='+', default=[32, 128], help='images of a step, one number or more; 32 and 128 by default')
     bench.add_argument('--width-factor', metavar='F', type=_factor, nargs='+', default=[1], help='times the widths of the model, one number or more; 1 by default')
     bench.add_argument('--rounds', metavar='N', type=_natural, default=5, help='rounds of each setting, a second or more each; 5 by default')
-    bench.add_argument('--name', help="the record's name in results/bench; the model's by default")
+    bench.add_argument('--name', help="the record's name in results/bench; the model's by default, with -2, -3 … if that is taken")
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
     "What changes the size of a model."

@@ -122,10 +122,10 @@ def test_model_card_states_what_the_tests_say():
 
 @pytest.fixture(scope='module')
 def installed(copy, tmp_path_factory) -> Path:
-    "The folder of the commands of an empty environment into which the wheel alone was installed."
+    "The folder of the commands of an empty environment into which the wheel alone was installed, made from the source distribution."
     folder = tmp_path_factory.mktemp('wheel')
     uv = BIN/'uv'
-    check(uv, 'build', '--quiet', '--wheel', '--out-dir', folder, copy)
+    check(uv, 'build', '--quiet', '--out-dir', folder, copy)
     check(uv, 'venv', '--quiet', '--python', BIN/'python', folder/'venv')
     wheel, = folder.glob('*.whl')
     check(uv, 'pip', 'install', '--quiet', '--python', folder/'venv'/'bin'/'python', '--constraint', ROOT/'requirements.lock', wheel)
