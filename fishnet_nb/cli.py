@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from itertools import count
 from pathlib import Path
 from types import FrameType
 
@@ -122,11 +121,12 @@ def _run_test(args: argparse.Namespace) -> int:
     """Test a run's best checkpoint, a checkpoint file, or weights on all test images. Writes test.json, with the errors on each dataset tested, and the
     pictures history.png (of a run), confusion.png and predictions.png beside it; for the weights in the package, into results/pretrained."""
     from fishnet_nb.models import pretrained_path
-    from fishnet_nb.testing import find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, record_test, test_run
+    from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, record_test, test_run
     path = find_checkpoint(args.tested) if args.tested else pretrained_path('fishnet73')
     found, module = test_run(path, args.data)
-    mirrored = load_trained(path)[0].hparams.mirror
-    tests = {'mirrored': found, 'alone': test_run(path, args.data, mirror=False)[0]} if mirrored else {'alone': found}
+    classifier, _ = load_trained(path)
+    tests = {'alone': found}
+    if classifier.hparams.mirror: tests = {'mirrored': found, 'alone': evaluate(classifier.model.to(best_device()), module.test_dataloader())}
     folder, info = _folder_of(path) if args.tested else Path('results/pretrained'), module.data_info()
     print(_compare(path.name if path.suffix == '.safetensors' else 'this run', info['description'], tests), flush=True)
     record_test(folder/'test.json', path, tests, info)
@@ -142,12 +142,9 @@ def _folder_of(path: Path) -> Path:
 
 def _save(figure: 'matplotlib.figure.Figure', path: Path) -> None:
     "Write the figure beside its final name, then rename it."
+    from fishnet_nb.models import replacing
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f'.{os.getpid()}.{path.name}')
-    try:
-        figure.savefig(scratch, dpi=120)
-        os.replace(scratch, path)
-    finally: scratch.unlink(missing_ok=True)
+    with replacing(path) as scratch: figure.savefig(scratch, dpi=120)
 
 def _compare(
     tested: str,  # what was tested
@@ -255,18 +252,14 @@ def _run_bench(args: argparse.Namespace) -> int:
     """Images per second in training and inference, in turns within one process: eager float32 is the baseline, then what fits the device, eager and
     compiled. And of the input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
     from fishnet_nb.bench import bench, bench_report, plot_bench
-    from fishnet_nb.training import write_atomically
+    from fishnet_nb.training import free_path, write_atomically
     record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds)
-    path = _free(Path('results')/'bench'/f'{args.name or args.model}.json')
+    path = free_path(Path('results')/'bench'/(args.name or args.model), '.json')
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     _save(plot_bench(record), path.with_suffix('.png'))
     print(f'{bench_report(record)}\n\nThe record is {path}, its plot {path.with_suffix(".png")}.')
     return 0
-
-def _free(path: Path) -> Path:
-    "The path, or if that is taken the first of name-2, name-3 … that isn't."
-    return next(free for i in count(1) if not (free := path if i == 1 else path.with_stem(f'{path.stem}-{i}')).exists())
 
 # %% ../nbs/cli.ipynb #77be4905
 def _run_data(args: argparse.Namespace) -> int:

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FishNet', 'list_models', 'create_model', 'StageRow', 'named_stages', 'stage_table', 'format_table', 'Complexity',
-           'count_complexity', 'save_weights', 'read_weights', 'load_weights', 'list_pretrained', 'pretrained_path']
+           'count_complexity', 'replacing', 'save_weights', 'read_weights', 'load_weights', 'list_pretrained',
+           'pretrained_path']
 
 # %% ../nbs/06_fishnet.ipynb #5b89f117
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from importlib.resources import files
@@ -169,6 +171,18 @@ def count_complexity(
     return Complexity(2*int(macs), int(macs), params)
 
 # %% ../nbs/06_fishnet.ipynb #86ec9247
+@contextmanager
+def replacing(
+    path: str | Path,  # the file's final name
+) -> Iterator[Path]:  # where to write
+    "A name beside the file, which takes its place at the end: under the final name there is either the old file or the whole new one."
+    path = Path(path)
+    scratch = path.with_name(f'.{os.getpid()}.{path.name}')
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally: scratch.unlink(missing_ok=True)
+
 def save_weights(
     model: nn.Module,  # whose weights are saved
     path: str | Path,  # a .safetensors file
@@ -176,13 +190,9 @@ def save_weights(
 ) -> Path:
     "Write a model's weights and what they belong to; until all is written, an earlier file stays."
     from safetensors.torch import save_file
-    path = Path(path)
-    scratch = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with replacing(path) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
-        os.replace(scratch, path)
-    finally: scratch.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 def read_weights(
     path: str | Path,  # a .safetensors file written by `save_weights`

@@ -87,12 +87,10 @@ def test_run(
     run: str | Path | None = None,  # a run's name under results/, its folder, or a .ckpt or .safetensors file; None: the weights in the package
     data: str | None = None,  # 'cifar10', 'shapes' or a folder; None: what the file says it was trained on
     root: str | Path = 'results',  # where runs are kept
-    mirror: bool | None = None,  # by the mean confidence in an image and its mirror image? None: as the run was tested
 ) -> tuple[Evaluation, CIFARDataModule]:
     "A run's best checkpoint on the test images. FileNotFoundError, or ValueError for a checkpoint or data that don't fit."
     path = pretrained_path('fishnet73') if run is None else find_checkpoint(run, root)
     classifier, classes = load_trained(path)
-    if mirror is not None: classifier.hparams.mirror = mirror
     module = CIFARDataModule(data or trained_on(path), val_fraction=0, num_workers=0)
     if module.num_classes != len(classes): raise ValueError(f'{path} tells {len(classes)} classes apart, and the data has {module.num_classes}: name its data by --data')
     if data is None and path.suffix == '.safetensors' and module.classes != classes: raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: name its data by --data')

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'make_metrics', 'summarise', 'Classifier', 'list_recipes', 'recipe_path', 'has_fast_bf16', 'RecipeCLI',
            'write_atomically', 'AtomicCheckpointIO', 'MovableCheckpoint', 'device_name', 'describe_device',
            'code_commit', 'package_versions', 'read_metrics', 'RunRecorder', 'read_record', 'results_table',
-           'read_checkpoint', 'load_classifier', 'run_folder', 'quiet_lightning', 'fit']
+           'read_checkpoint', 'load_classifier', 'free_path', 'run_folder', 'quiet_lightning', 'fit']
 
 # %% ../nbs/07_training.ipynb #44640f81
 import csv
@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import math
-import os
 import pickle
 import platform
 import signal
@@ -28,6 +27,7 @@ from datetime import datetime, timezone
 from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from .data import CIFARDataModule
-from .models import count_complexity, create_model
+from .models import count_complexity, create_model, replacing
 
 # %% ../nbs/07_training.ipynb #6d2e759b
 def make_metrics(
@@ -190,25 +190,18 @@ def write_atomically(
     path: Path,  # the file's final name
     text: str,  # what it is to hold
 ) -> None:
-    "Write beside the file, then rename: under the final name there is either the old text or the new one."
-    scratch = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        scratch.write_text(text, encoding='utf-8')
-        os.replace(scratch, path)
-    finally: scratch.unlink(missing_ok=True)
+    "Write the whole text or nothing."
+    with replacing(path) as scratch: scratch.write_text(text, encoding='utf-8')
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     "Writes a checkpoint beside its final name, then renames it; a process killed meanwhile leaves the old one intact."
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f'.{path.name}.{os.getpid()}')
         try:
-            torch.save(checkpoint, scratch)
-            os.replace(scratch, path)
+            with replacing(path) as scratch: torch.save(checkpoint, scratch)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise OSError(f'{path} could not be written ({str(error).splitlines()[0]}); the previous checkpoint is intact: make room, then resume') from error
-        finally: scratch.unlink(missing_ok=True)
 
 class MovableCheckpoint(ModelCheckpoint):
     "Goes on with the best checkpoint where the run's folder is now, although its state names where it was."
@@ -399,6 +392,14 @@ def load_classifier(
     return classifier.eval()
 
 # %% ../nbs/07_training.ipynb #ac30e09e
+def free_path(
+    path: Path,  # without the suffix
+    suffix: str = '',  # of the file
+) -> Path:
+    "The path with its suffix, or if that is taken the first of path-2, path-3 … that isn't."
+    paths = (path.with_name(f'{path.name}{number}{suffix}') for number in chain([''], (f'-{i}' for i in count(2))))
+    return next(path for path in paths if not path.exists())
+
 def run_folder(
     root: str | Path,  # where runs are kept
     name: str,  # the run's name
@@ -410,9 +411,7 @@ def run_folder(
         if (folder/'config.yaml').is_file(): return folder
         raise FileNotFoundError(f'there is no run to resume in {folder}: start one without --resume')
     if rank_zero_only.rank: return folder  # the first rank alone writes
-    taken = 1
-    while (folder if taken == 1 else folder.with_name(f'{name}-{taken}')).exists(): taken += 1
-    folder = folder if taken == 1 else folder.with_name(f'{name}-{taken}')
+    folder = free_path(folder)
     folder.mkdir(parents=True)
     return folder
 

@@ -152,6 +152,17 @@ def test_weights_are_tested_as_their_run_was(inside, capsys):
     assert 'knows the classes a, b, c' in capsys.readouterr().err
 
 
+def test_ctrl_c_in_the_last_test_leaves_a_run_that_can_be_resumed(inside, capsys, monkeypatch):
+    "Lightning makes a SystemExit of it."
+    with monkeypatch.context() as patched:
+        patched.setattr('pytorch_lightning.Trainer.test', lambda *args, **kwargs: sys.exit(1))
+        assert main(['fit', 'quick', '--name', 'late', '--trainer.max_epochs', '1', *TINY]) == 130
+    assert 'fishnet-nb fit quick --name late --resume' in capsys.readouterr().err and read_record('late')['status'] == 'interrupted'
+    assert main(['fit', 'quick', '--name', 'late', '--resume']) == 0
+    assert read_record('late')['status'] == 'finished'
+    shutil.rmtree('results/late')
+
+
 def test_damaged_metrics_are_named(inside, capsys):
     shutil.copytree('results/tiny', 'results/damaged')
     for text in ('epoch,val_loss\n0,x\n', 'a,b\n1,2\n', 'epoch,val_loss\n0\n'):
