@@ -283,7 +283,7 @@ def plot_bench(
 
 def _plot_rates(ax: plt.Axes, rows: Sequence[dict], x: str, other: str) -> None:
     "A line for each setting and value of `other`, over `x`."
-    for setting, color in zip(dict.fromkeys(row['setting'] for row in rows), ('#5b6470', '#c25e00', '#1f5fbf')):
+    for setting, color in zip(dict.fromkeys(row['setting'] for row in rows), cycle(('#5b6470', '#c25e00', '#1f5fbf'))):
         for value, marker in zip(dict.fromkeys(row[other] for row in rows), cycle('os^vD')):
             found = [row for row in rows if (row['setting'], row[other]) == (setting, value)]
             ax.plot([row[x] for row in found], [row['img_per_s'] for row in found], marker=marker, color=color, clip_on=False, label=f'{setting}, {other.replace("_size", "")} {value}')

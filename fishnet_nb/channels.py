@@ -9,6 +9,9 @@ __all__ = ['ChannelPlan', 'plan_channels']
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from .blocks import is_whole
+from .tail import check_widths
+
 # %% ../nbs/05_channels.ipynb #3e7edaae
 def _reduced(
     carried: int,  # channels of x into the stage
@@ -22,18 +25,6 @@ def _reduced(
                                    'choose widths or k so that it does')
     return total // k
 
-def _check_plan(
-    widths: tuple[int, ...],  # the tail's widths
-    k: int,  # channel reduction
-) -> None:
-    "ValueError unless there are at least two widths, all of them and k whole numbers from 1 up."
-    if len(widths) < 2: raise ValueError(f'widths={widths}: a FishNet has at least two stages, so at least two widths')
-    for i, width in enumerate(widths):
-        if not isinstance(width, int) or width < 1:
-            where = 'the stem' if i == 0 else f'tail stage t{i}'
-            raise ValueError(f'widths={widths}: {where} has width {width!r}; a width is a whole number from 1 up')
-    if not isinstance(k, int) or k < 1: raise ValueError(f'k={k!r}: each body stage divides its channels by k, a whole number from 1 up')
-
 # %% ../nbs/05_channels.ipynb #9072b506
 class ChannelPlan(NamedTuple):
     "Channel counts of body and head, in the order in which x passes: bn … b2, h1 … hn."
@@ -45,8 +36,8 @@ def plan_channels(
     k: int = 2,  # by how much each stage of the body divides its channels
 ) -> ChannelPlan:
     "Channels into and out of each stage of body and head. ValueError, naming the stage, for widths that don't work with k."
-    widths = tuple(widths)
-    _check_plan(widths, k)
+    widths = check_widths(widths)
+    if not is_whole(k): raise ValueError(f'k={k!r}: each body stage divides its channels by k, a whole number from 1 up')
     carried, joined = [widths[-1]], []
     for i, width in reversed(list(enumerate(widths))[1:]):  # the body: bn … b2
         joined.append(carried[-1] + width)

@@ -224,7 +224,6 @@ def _run_export(args: argparse.Namespace) -> int:
     from fishnet_nb.testing import export_weights, find_checkpoint
     out = args.out or find_checkpoint(args.name).parent.parent/'weights.safetensors'
     if out.suffix != '.safetensors': raise ValueError(f'{out} is not the name of a .safetensors file')
-    if not out.parent.is_dir(): raise FileNotFoundError(f'{out.parent} is not a folder that exists: make it first')
     path = export_weights(args.name, out)
     print(f'{path}: {path.stat().st_size/1e6:.1f} MB, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}')
     return 0
@@ -249,8 +248,8 @@ def _run_summary(args: argparse.Namespace) -> int:
 
 # %% ../nbs/cli.ipynb #c3289ef3
 def _run_bench(args: argparse.Namespace) -> int:
-    """Images per second in training and inference, in turns within one process: eager float32 is the baseline, then what fits the device, eager and
-    compiled. And of the input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
+    """Images per second in training and inference, in turns within one process: the baseline is eager float32, on a GPU without cuDNN, which the
+    student implementation switches off; then what fits the device, eager and compiled. And of the input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
     from fishnet_nb.bench import bench, bench_report, plot_bench
     from fishnet_nb.training import free_path, write_atomically
     record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds)
@@ -276,6 +275,7 @@ def _run_data(args: argparse.Namespace) -> int:
     print('\n' + _table([('training images, from 0 to 1', 'red', 'green', 'blue'), ('mean', *values[0]), ('standard deviation', *values[1])]))
     _save(check_images(cifar), args.sheet)
     print(f'\nThe first images, with their classes, are in {args.sheet}.')
+    if args.download and (other := os.environ.get('FISHNET_DATA')): print(f'FISHNET_DATA is set to {other}, which other commands read: unset it to have them read these.')
     return 0
 
 def _counts(labels: 'numpy.ndarray', module: 'CIFARDataModule') -> list[str]:
@@ -387,7 +387,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_fit(commands: argparse._SubParsersAction) -> None:
     "The command `fit`."
     fit = _add(commands, _run_fit, 'fishnet-nb fit quick', 'fishnet-nb fit quick --name short --trainer.max_epochs=3 --model.lr=0.05',
-               'fishnet-nb fit student --trainer.devices=2       two GPUs', 'fishnet-nb fit quick --name short --resume        after Ctrl-C')
+               'fishnet-nb fit student --trainer.devices=2 --data.batch_size=128       two GPUs, half the batch each', 'fishnet-nb fit quick --name short --resume        after Ctrl-C')
     fit.add_argument('recipe', metavar='RECIPE', help='quick (synthetic shapes, minutes), cpu (CIFAR-10, an hour or more on two cores), '
                                                       'student and best (FishNet-99 on CIFAR-10, for a GPU), or a YAML file of your own')
     fit.add_argument('--name', help="the run's folder in results/; the recipe's name by default, with -2, -3 … if that is taken")

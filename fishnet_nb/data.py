@@ -17,6 +17,7 @@ os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'  # or importing albumentations asks
 # %% ../nbs/01_data.ipynb #7312ead7
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 import hashlib
@@ -200,6 +201,10 @@ _ACT = {**dict.fromkeys(('PROTO', 'FRAME'), lambda r, _: None), 'MARK': lambda r
 # %% ../nbs/01_data.ipynb #af37bab9
 _GET = 'put the python version of CIFAR-10 there, or fetch it by `fishnet-nb data --download`'
 
+def _reason(error: Exception) -> str:
+    "What is wrong with a file or folder, without the advice to fetch CIFAR-10."
+    return str(error).removesuffix(f'; {_GET}')
+
 def _file_bytes(path: Path, max_bytes: int = 2**29) -> bytes:
     "What the file holds. Raises IsADirectoryError, FileNotFoundError, or ValueError for what is no ordinary file or too large."
     if path.is_dir(): raise IsADirectoryError(f'{path} is a folder where a file should be; {_GET}')
@@ -318,9 +323,12 @@ CIFAR_MD5 = 'c58f30108f718f92721af3b95e74349a'
 def download_cifar(
     root: str | Path = 'data',  # where the folder `cifar-10-batches-py` goes
 ) -> Path:  # that folder
-    "Fetches CIFAR-10 and checks it, unless the folder is there already. Raises ConnectionError, or ValueError when the MD5 differs."
+    "Fetches CIFAR-10 and checks it, unless the folder is there already. Raises FileExistsError if that can't be read, ConnectionError, or ValueError when the MD5 differs."
     root, folder = Path(root), Path(root)/CIFAR_FOLDER
-    if folder.exists(): return folder
+    if folder.exists():
+        try: load_cifar(folder)
+        except (OSError, ValueError) as e: raise FileExistsError(f'{_reason(e)}: nothing was fetched; move {folder} away, then fetch it again') from None
+        return folder
     root.mkdir(parents=True, exist_ok=True)
     otherwise = f'try again, or fetch it elsewhere and unpack it in {root}'
     with tempfile.TemporaryDirectory(dir=root) as scratch:
@@ -351,7 +359,10 @@ def load_data(
     "That dataset; the shapes are drawn first when they aren't there. Raises as `load_cifar`."
     folder = data_folder(data)
     if data == 'shapes' and not folder.exists(): write_shapes(folder)
-    found = load_cifar(folder)
+    try: found = load_cifar(folder)
+    except (OSError, ValueError) as e:
+        if data != 'shapes': raise
+        raise ValueError(f'{_reason(e)}: remove {folder} to have it drawn anew') from None
     if data == 'shapes' and data_sha256(found) != SHAPES_SHA256:
         raise ValueError(f'{folder} holds other shapes than this version draws; remove it to have it drawn anew, or give its path to use it as it is')
     return found
@@ -374,17 +385,25 @@ def describe_data(
     return _KNOWN.get(data_sha256(cifar), 'CIFAR-10 layout, own copy')
 
 # %% ../nbs/01_data.ipynb #9046c529
-def _named(data: str | Path | CIFAR | Shapes | None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _checked(images: np.ndarray) -> np.ndarray:
+    "The images. Raises ValueError unless they are uint8[N, 3, H, W]."
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
+        given = f'a {images.dtype} array of shape {images.shape}' if isinstance(images, np.ndarray) else f'a {type(images).__name__}'
+        raise ValueError(f'images are given as {given}, and must be a uint8 array of shape (N, 3, H, W) with N ≥ 1')
+    return images
+
+def _named(data: str | Path | CIFAR | Shapes | np.ndarray | Tensor | None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     "Images, labels and class names of whatever `check_images` was given."
+    if isinstance(data, (np.ndarray, Tensor)): return _checked(np.asarray(data)), np.empty(0, int), ()
     if hasattr(data, 'masks'): return data.images, data.labels, SHAPE_CLASSES
     found = data if hasattr(data, 'train_images') else load_data(data or 'cifar10')
     return found.train_images, found.train_labels, found.classes
 
 def check_images(
-    path_or_images: str | Path | CIFAR | Shapes | None = None,  # 'cifar10', 'shapes', a folder, or images; None: CIFAR-10
+    path_or_images: str | Path | CIFAR | Shapes | np.ndarray | Tensor | None = None,  # 'cifar10', 'shapes', a folder, a dataset, or images alone, uint8[N, 3, H, W]; None: CIFAR-10
     n: int = 64,  # images to show
 ) -> Figure:
-    "The first `n` training images in rows of eight, each above the name of its class. Raises as `load_data`."
+    "The first `n` training images in rows of eight, each above the name of its class, if it has one. Raises as `load_data`, or ValueError for other images."
     if n < 1: raise ValueError(f'{n} images to show; give at least 1')
     images, labels, classes = _named(path_or_images)
     gap = 14  # px, room for a name
@@ -453,6 +472,7 @@ class CIFARDataset(Dataset):
         transform: A.Compose | None = None,  # None: `test_transform()`
         seed: int | None = None,  # given, the transform draws from (seed, epoch, index)
     ):
+        images = _checked(images)
         if len(images) != len(labels): raise ValueError(f'{len(images)} images and {len(labels)} labels; each image needs one label')
         self.images, self.labels, self.seed = images, labels, seed
         self.transform = transform or test_transform()
@@ -514,13 +534,14 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = _shuffled(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
-        return ((self.epoch, int(i)) for i in order[self.rank::self.num_replicas][:len(self)])
+        epoch = self.epoch  # not that of the moment when an image is asked for
+        return ((epoch, int(i)) for i in order[self.rank::self.num_replicas][:len(self)])
 
 # %% ../nbs/01_data.ipynb #da10a060
 def _even_batch_size(n: int, batch_size: int, ranks: int) -> int:
-    "The largest size up to `batch_size` by which all ranks have the same number of batches when some have an image more."
-    if n % ranks == 0: return batch_size
-    return next((size for size in range(batch_size, 1, -1) if n // ranks % size), batch_size)
+    "The next size, rather below `batch_size` than above, by which all ranks have the same number of batches when some have an image more."
+    if n % ranks == 0 or n < ranks: return batch_size
+    return next(size for size in chain(range(batch_size, 1, -1), count(batch_size + 1)) if n // ranks % size)
 
 def _auto_workers(
     processes: int,  # that train on this machine
@@ -693,7 +714,15 @@ class CIFARDataModule(LightningDataModule):
         "Draws the shapes if they are asked for and missing, in one process of several."
         if self.hparams.data == 'shapes': self.cifar
 
-    def setup(self, stage: str | None = None) -> None: self.split
+    def setup(self, stage: str | None = None) -> None:
+        self.split
+        self.first_epoch = 0
+
+    def state_dict(self) -> dict:
+        "For a checkpoint: the epoch that follows."
+        return dict(first_epoch=self.trainer.fit_loop.epoch_progress.current.processed)
+
+    def load_state_dict(self, state_dict: dict) -> None: self.first_epoch = state_dict['first_epoch']
 
     def _loader(self, dataset: CIFARDataset | DeviceDataset, training: bool = False) -> DataLoader:
         "A loader that gives this rank its share."
@@ -702,14 +731,18 @@ class CIFARDataModule(LightningDataModule):
         if self.hparams.on_device: return DataLoader(dataset, size, sampler=sampler, collate_fn=lambda batch: batch)
         workers = self.hparams.num_workers
         if workers is None: workers = _auto_workers(self.trainer.num_devices if self.trainer else 1)
-        return DataLoader(dataset, size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+        return DataLoader(dataset, size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=self._device().type == 'cuda')
 
     def _dataset(self, images: np.ndarray, labels: np.ndarray, augment: str = 'none', cutout_px: int = 0) -> CIFARDataset | DeviceDataset:
         "The images one by one, or by the batch on the GPU that trains, else on the CPU."
         seed = self.hparams.seed
         if not self.hparams.on_device: return CIFARDataset(images, labels, train_transform(augment, cutout_px), seed)
-        device = self.trainer.strategy.root_device if self.trainer else torch.device('cpu')
+        device = self._device()
         return DeviceDataset(images, labels, augment, cutout_px, seed, device if device.type == 'cuda' else 'cpu')  # others lack eigh
+
+    def _device(self) -> torch.device:
+        "That trains; the CPU until a trainer is there."
+        return self.trainer.strategy.root_device if self.trainer else torch.device('cpu')
 
     def _part(self, rows: np.ndarray, **how) -> CIFARDataset | DeviceDataset:
         "Those of the training images."
@@ -719,8 +752,8 @@ class CIFARDataModule(LightningDataModule):
         "Shuffled; order and augmentation depend on (seed, epoch)."
         dataset = self._part(self.split[0], augment=self.hparams.augment, cutout_px=self.hparams.cutout_px)
         loader = self._loader(dataset, training=True)
-        if self.trainer is not None:  # a resumed run begins to load before Lightning tells the sampler the epoch
-            loader.sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        if self.trainer is not None:  # a resumed run begins to load before Lightning tells the sampler, or knows, the epoch
+            loader.sampler.set_epoch(max(self.first_epoch, self.trainer.fit_loop.epoch_progress.current.processed))
         return loader
 
     def val_dataloader(self) -> DataLoader | list:

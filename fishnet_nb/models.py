@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 
-from .blocks import init_weights
+from .blocks import init_weights, is_whole
 from .body_head import Body, Head
 from .channels import plan_channels
-from .tail import ResNet, Tail, check_depths, make_classifier
+from .tail import ResNet, Tail, check_depths, check_widths, make_classifier
 
 # %% ../nbs/06_fishnet.ipynb #aca6f6e8
 class FishNet(nn.Module):
@@ -44,6 +44,7 @@ class FishNet(nn.Module):
         stem_stride: int = 1,  # of the first convolution, in the pre-activation form; all features are that much coarser
     ):
         super().__init__()
+        widths = check_widths(widths)
         plan, n = plan_channels(widths, k), len(widths)
         body = check_depths((1,)*(n-1) if body is None else body, n-1, 'body')
         head = check_depths((1,)*n if head is None else head, n, 'head')
@@ -162,11 +163,12 @@ def count_complexity(
     model: nn.Module,  # stays as it is: a copy is counted
     input_size: tuple[int, int, int] = (3, 32, 32),  # channels, height, width
 ) -> Complexity:
-    "Operations for one input of `input_size`, by ptflops, and parameters."
+    "Operations for one input of `input_size`, by ptflops, and parameters. Raises as the model does for an input that it doesn't take."
     from ptflops import get_model_complexity_info
-    macs, _ = get_model_complexity_info(deepcopy(model).float().cpu(), tuple(input_size), as_strings=False, print_per_layer_stat=False,
+    copy = deepcopy(model).float().cpu().eval()
+    with torch.no_grad(): copy(torch.zeros(1, *input_size))  # ptflops would print its error, and go on
+    macs, _ = get_model_complexity_info(copy, tuple(input_size), as_strings=False, print_per_layer_stat=False,
                                         backend='pytorch', backend_specific_config={'count_functional': False})
-    if macs is None: raise ValueError(f'input_size={tuple(input_size)} cannot pass through the model: give (channels, height, width) that it takes')
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Complexity(2*int(macs), int(macs), params)
 
@@ -188,8 +190,9 @@ def save_weights(
     path: str | Path,  # a .safetensors file
     about: dict,  # arch, arch_args, num_classes, in_channels, classes, and what else is known of them; plain values
 ) -> Path:
-    "Write a model's weights and what they belong to; until all is written, an earlier file stays."
+    "Write a model's weights and what they belong to; until all is written, an earlier file stays. FileNotFoundError if there is no such folder."
     from safetensors.torch import save_file
+    if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     with replacing(path) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
     return Path(path)
@@ -210,13 +213,17 @@ def load_weights(
 ) -> nn.Module:  # in training mode, as every new module
     "The model that weights belong to, with the weights. FileNotFoundError, or ValueError for weights that don't fit."
     weights, about = read_weights(path)
+    if num_classes is not None and not is_whole(num_classes, 0): raise ValueError(f'num_classes={num_classes!r}: a whole number is expected, 0 for none')
     try: model = create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **(about['arch_args'] or {}))
-    except (KeyError, TypeError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
+    except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     last = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
     left_out = {name for name in weights if name.startswith(last)} if num_classes not in (None, about['num_classes']) else set()
     kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in left_out}
-    if shapes != {name: tensor.shape for name, tensor in kept.items()}: raise ValueError(f'{path} does not fit a {about["arch"]} with its arguments')
+    found = {name: tensor.shape for name, tensor in kept.items()}
+    if wrong := sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name)):
+        raise ValueError(f'{path} does not fit a {about["arch"]} with {about["arch_args"]}: {len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them; '
+                         'save the weights with the arguments that their model was made with')
     model.load_state_dict(kept, strict=False)
     return model
 

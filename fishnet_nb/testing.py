@@ -59,7 +59,7 @@ def evaluate(
     "Scores and labels of all images of `loader`, in its order, and the errors. ValueError for an empty loader."
     device = next(classifier.parameters()).device
     classifier.eval()
-    batches = [(classifier(batch['img'].to(device)).float().cpu(), batch['label']) for batch in loader]
+    batches = [(classifier(batch['img'].to(device)).float().cpu(), batch['label'].cpu()) for batch in loader]
     if not batches: raise ValueError('the loader is empty: there is nothing to evaluate')
     logits, labels = (torch.cat(parts) for parts in zip(*batches))
     return Evaluation(logits, labels, *top_k_errors(logits, labels))
@@ -128,14 +128,16 @@ def load_trained(
     network, about = load_weights(path), read_weights(path)[1]
     classifier = Classifier(about['arch'], about['arch_args'], about['num_classes'], about['in_channels'], mirror=about.get('mirror', False))
     classifier.model.load_state_dict(network.state_dict())
-    return classifier.eval(), tuple(about['classes'])
+    classes = about.get('classes') or [f'class {i}' for i in range(about['num_classes'])]
+    if len(classes) != about['num_classes']: raise ValueError(f'{path} names {len(classes)} classes, and gives {about["num_classes"]} scores')
+    return classifier.eval(), tuple(classes)
 
 # %% ../nbs/08_testing.ipynb #28b9d223
 def class_names(
     path: str | Path,  # a .ckpt file
 ) -> tuple[str, ...]:
     "The name of each score that the classifier in a checkpoint gives."
-    data, n = trained_on(path), load_classifier(path).hparams.num_classes
+    data, n = trained_on(path), read_checkpoint(path)['hyper_parameters'].get('num_classes', 10)
     if data in ('cifar10', 'shapes'): names = SHAPE_CLASSES if data == 'shapes' else CIFAR_CLASSES
     else:
         try: names = read_classes(find_data(data)/'batches.meta')

@@ -43,6 +43,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from .data import CIFARDataModule
 from .models import count_complexity, create_model, replacing
+from .tail import check_switches
 
 # %% ../nbs/07_training.ipynb #6d2e759b
 def make_metrics(
@@ -52,7 +53,7 @@ def make_metrics(
     right = MetricCollection({'f1': MulticlassF1Score(num_classes, average='micro'),
                               'top1': MulticlassAccuracy(num_classes, average='micro'),
                               'top5': MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average='micro')}, compute_groups=False)
-    return nn.ModuleDict({'loss': MeanMetric(), 'n': SumMetric(), 'right': right})
+    return nn.ModuleDict({'loss': MeanMetric(nan_strategy=math.nan), 'n': SumMetric(), 'right': right})  # by default, a NaN would be left out of the mean
 
 def summarise(
     metrics: nn.ModuleDict,  # from `make_metrics`, updated
@@ -68,21 +69,24 @@ class Classifier(LightningModule):
     "A network with its loss, metrics and optimiser. Batches are dict(img=[N, C, H, W], label=[N]); hyperparameters are plain values."
     def __init__(self,
         arch: str = 'fishnet99',  # one of `list_models()`
-        arch_args: dict | None = None,  # more arguments for `create_model`: widths, tail, body, head, k, preact, final_norm, stem_stride
+        arch_args: dict[str, bool | int | list[int] | None] | None = None,  # more arguments for `create_model`: widths, tail, body, head, k, preact, final_norm, stem_stride
         num_classes: int = 10,  # classes of the data
         in_channels: int = 3,  # channels of the images
-        optimizer: str = 'adam',  # 'adam', or 'sgd' with Nesterov momentum 0.9
+        optimizer: str = 'adam',  # 'adam', or 'sgd' with Nesterov momentum 0.9; a one-cycle schedule moves the momentum, Adam's β₁ too, from 0.95 to 0.85 and back
         lr: float = 1e-2,  # learning rate; the highest one of a one-cycle schedule
         weight_decay: float = 1e-4,  # of every parameter
         schedule: str = 'step',  # 'step': ÷10 every 30 epochs; 'onecycle': up for 30 % of the run and down to nothing
         label_smoothing: float = 0.0,  # of the training loss
         mirror: bool = False,  # validate and test by the mean confidence of an image and its mirror image
-        compile: bool = False,  # torch.compile the network; needs a C++ compiler on a CPU
+        compile: bool = False,  # torch.compile the network; needs a C++ compiler on a CPU, a C compiler and Python's headers on a GPU
     ):
         super().__init__()
         for name, given, allowed in [('optimizer', optimizer, ('adam', 'sgd')), ('schedule', schedule, ('step', 'onecycle'))]:
             if given not in allowed: raise ValueError(f'{name}={given!r}: allowed are {", ".join(map(repr, allowed))}')
+        check_switches(mirror=mirror, compile=compile)
+        if own := {'num_classes', 'in_channels', 'pretrained'} & set(arch_args or {}): raise ValueError(f'arch_args has no {", ".join(sorted(own))}: classes and channels are arguments of their own, and training begins with new weights')
         self.save_hyperparameters()
+        self.planned_steps = math.inf  # of the one-cycle schedule of a run that is resumed
         self.model = create_model(arch, num_classes, in_channels, **(arch_args or {})).to(memory_format=torch.channels_last)
         self.metrics = nn.ModuleDict({f'{stage}_metrics': make_metrics(num_classes) for stage in ('train', 'val', 'test')})
 
@@ -127,17 +131,22 @@ class Classifier(LightningModule):
         for key, value in summarise(self.metrics[f'{stage}_metrics']).items(): self.log(f'{stage}_{key}', value, prog_bar=key in ('loss', 'top1_error'))
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        "ValueError if a run is resumed for more steps than its one-cycle schedule has."
-        planned = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), math.inf)
-        if self.trainer.training and (n := int(self.trainer.estimated_stepping_batches)) > planned:
-            raise ValueError(f'the one-cycle schedule of this run ends after {planned} steps, and now there would be {n}: resume it without more epochs or smaller batches, or start a new run')
+        "ValueError for the checkpoint of another network."
+        shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (checkpoint['state_dict'], self.state_dict())]
+        if shapes[0] != shapes[1]:
+            was, now = (f'{h["arch"]} with {h["arch_args"]}, {h["num_classes"]} classes and {h["in_channels"]} channels' for h in (checkpoint['hyper_parameters'], self.hparams))
+            raise ValueError(f'the checkpoint is of a {was}, and this network is a {now}: go on with the same network, or start a new run')
+        self.planned_steps = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), math.inf)
 
     def configure_optimizers(self) -> dict:
+        "Optimiser and schedule. ValueError if a run is resumed for more steps than its one-cycle schedule has."
         h = self.hparams
         if h.optimizer == 'adam': optimizer = torch.optim.Adam(self.parameters(), h.lr, weight_decay=h.weight_decay)
         else: optimizer = torch.optim.SGD(self.parameters(), h.lr, momentum=.9, nesterov=True, weight_decay=h.weight_decay)
         if h.schedule == 'step': return dict(optimizer=optimizer, lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 30, .1))
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, h.lr, int(self.trainer.estimated_stepping_batches))
+        n = int(self.trainer.estimated_stepping_batches)
+        if n > self.planned_steps: raise ValueError(f'the one-cycle schedule of this run ends after {self.planned_steps} steps, and now there would be {n}: resume it without more epochs or smaller batches, or start a new run')
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, h.lr, n)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval='step'))
 
 # %% ../nbs/07_training.ipynb #3cb90903
@@ -384,7 +393,8 @@ def load_classifier(
 ) -> Classifier:  # on the CPU, in eval mode
     "The trained classifier in a checkpoint; nothing in the file is executed. FileNotFoundError, or ValueError if it doesn't fit."
     content = read_checkpoint(path)
-    classifier = Classifier(**{**content['hyper_parameters'], 'compile': False})
+    try: classifier = Classifier(**{**content['hyper_parameters'], 'compile': False})
+    except (TypeError, ValueError, AttributeError) as error: raise ValueError(f'{path} is refused: its hyperparameters make no network ({error})') from None
     try: classifier.load_state_dict(content['state_dict'])
     except RuntimeError as error:
         raise ValueError(f'{path}: the weights are not those of a {classifier.hparams.arch} with the arguments that the checkpoint names '
@@ -448,11 +458,12 @@ def _parse(
                           load_from_checkpoint_support=False, parser_kwargs=dict(exit_on_error=False, allow_abbrev=False))
     except ArgumentError as error: raise ValueError(str(error).replace('"<unicode string>"', str(config))) from None
 
-def _callbacks(folder: Path, recorder: RunRecorder) -> list[Callback]:
-    "What accompanies a run: the record, the last and the best checkpoint, early stopping."
+def _callbacks(folder: Path, recorder: RunRecorder, schedule: str) -> list[Callback]:
+    "What accompanies a run: the record, the last and the best checkpoint, and early stopping, but not of a one-cycle schedule, which gains most at its end."
     best, last = (MovableCheckpoint(folder/'checkpoints', name, monitor=monitor, save_on_train_epoch_end=True, enable_version_counter=False)
                   for name, monitor in (('best', 'val_loss'), ('last', None)))
-    return [recorder, EarlyStopping('val_loss', patience=20, check_on_train_epoch_end=True), best, last]
+    stopping = [EarlyStopping('val_loss', patience=20, check_on_train_epoch_end=True)] if schedule == 'step' else []
+    return [recorder, *stopping, best, last]
 
 def fit(
     recipe: str,  # a name from `list_recipes()`, or the path of a YAML file of your own
@@ -486,7 +497,7 @@ def _check_run(trainer: Trainer, data: CIFARDataModule) -> None:
     "ValueError for what would leave a run without a best epoch."
     if not data.split[1].size: raise ValueError('data.val_fraction is 0: a run needs validation images, which choose its best epoch')
     wrong = {'trainer.check_val_every_n_epoch': trainer.check_val_every_n_epoch != 1, 'trainer.limit_val_batches': trainer.limit_val_batches == 0,
-             'trainer.limit_train_batches': trainer.limit_train_batches == 0, 'trainer.max_epochs': trainer.max_epochs == 0, 'trainer.fast_dev_run': bool(trainer.fast_dev_run)}
+             'trainer.limit_train_batches': trainer.limit_train_batches == 0, 'trainer.max_epochs': trainer.max_epochs < 1, 'trainer.fast_dev_run': bool(trainer.fast_dev_run)}
     for name, is_wrong in wrong.items():
         if is_wrong: raise ValueError(f'{name}: a run needs training and validation in every epoch, which choose its best one; try it out by --trainer.max_epochs=1 --trainer.limit_train_batches=2')
 
@@ -497,7 +508,7 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     record = dict(name=folder.name, recipe=recipe, hparams=config, seed=cli.config.seed_everything, data=data.data_info(), commit=code_commit(),
                   versions=package_versions(), started=datetime.now(timezone.utc).strftime('%Y-%m-%d'), **_size(model))
     recorder = RunRecorder(folder, record, cli.parser.dump(cli.config), read_metrics(folder/'metrics.csv') if resume else ())
-    trainer.callbacks = [*trainer.callbacks, *_callbacks(folder, recorder)]
+    trainer.callbacks = [*trainer.callbacks, *_callbacks(folder, recorder, model.hparams.schedule)]
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     last = folder/'checkpoints'/'last.ckpt'
     if trainer.is_global_zero:

@@ -331,6 +331,9 @@ def test_download(served, tmp_path, capfd):
     assert '100%' in capfd.readouterr().err  # the progress bar
     assert os.listdir(tmp_path/'new') == [CIFAR_FOLDER] and len(load_cifar(tmp_path/'new').test_labels) == 10
     served.unlink(); data.download_cifar(tmp_path/'new')  # it is there: nothing is fetched
+    (tmp_path/'new'/CIFAR_FOLDER/'data_batch_3').unlink()
+    with pytest.raises(FileExistsError, match='lacks data_batch_3.*move .* away') as told: data.download_cifar(tmp_path/'new')
+    assert '--download' not in str(told.value)
 
 
 def test_download_that_fails_leaves_nothing(served, tmp_path, monkeypatch):
@@ -356,6 +359,9 @@ def test_shapes_folder_is_written_once_and_whole(tmp_path, monkeypatch):
     assert os.listdir('data') == ['shapes'] and (tmp_path/'data'/'shapes'/'test_batch').stat().st_mtime_ns == stamp
     assert len(first.train_labels) == 5000 and len(first.test_labels) == 1000
     with pytest.raises(FileExistsError, match='shapes'): write_shapes('data/shapes')
+    Path('data/shapes/data_batch_2').unlink()
+    with pytest.raises(ValueError, match='lacks data_batch_2.*remove data/shapes to have it drawn anew') as told: load_data('shapes')
+    assert '--download' not in str(told.value)
     shutil.rmtree('data/shapes'); write_shapes('data/shapes', 20, 10)
     with pytest.raises(ValueError, match='other shapes'): load_data('shapes')
 
@@ -381,7 +387,9 @@ class Watch(pl.LightningModule):
         self.seen.append((self.current_epoch, hashlib.sha256(batch['img'].numpy().tobytes()).hexdigest(), batch['label'].tolist()))
         return torch.nn.functional.cross_entropy(self.linear(batch['img'].flatten(1)), batch['label'])
     def validation_step(self, batch, _): pass
-    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 1e-3)
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches  # as schedules ask, which has Lightning begin to load before a resumed run knows its epoch
+        return torch.optim.SGD(self.parameters(), 1e-3)
 
 
 def watch(folder, epochs, workers=0, ckpt=None, callbacks=(), **how):

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from fishnet_nb.testing import test_run as run_test
-from fishnet_nb.training import MovableCheckpoint, RunRecorder, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
+from fishnet_nb.training import Classifier, MovableCheckpoint, RunRecorder, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
 
 from runs import TINY, figures, finish, Run, start, wait_for_epochs
 
@@ -105,11 +105,21 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
 @pytest.mark.parametrize('args, message', [
     (['--trainer.max_epoch=3'], 'max_epoch'), (['--model.lr=fast'], 'lr'), (['--model.optimizer=lion'], "allowed are 'adam', 'sgd'"),
     (['--model.arch=fishnet98'], "did you mean 'fishnet99'"), (['--data.val_fraction=0'], 'val_fraction'), (['--trainer.check_val_every_n_epoch=2'], 'check_val_every_n_epoch'),
+    (['--model.arch_args.preact=maybe'], 'preact'), (['--model.arch_args.num_classes=5'], 'arch_args has no num_classes'), (['--trainer.max_epochs=-1'], 'max_epochs'),
     (['--trainer.limit_val_batches=0'], 'limit_val_batches'), (['--trainer.fast_dev_run=true'], 'fast_dev_run'), (['--trainer.max_epochs=0'], 'max_epochs')])
 def test_wrong_argument_is_named(work, monkeypatch, args, message):
     monkeypatch.chdir(work)
     with pytest.raises(ValueError, match=message): fit('quick', [*TINY, *args], name='wrong')
     assert not (work/'results'/'wrong').exists()
+
+
+@pytest.mark.parametrize('given, preact', [('false', False), ('False', False), ('no', False), ('true', True)])
+def test_switches_of_the_network_are_read_as_such(work, monkeypatch, given, preact):
+    "Not as texts, each of which would count as True; nor numbers as texts."
+    monkeypatch.chdir(work)
+    with quiet_lightning(): model = _parse(recipe_path('quick'), [*TINY, f'--model.arch_args.preact={given}', '--model.arch_args.k=2']).model
+    assert isinstance(model.model.classifier[0], torch.nn.BatchNorm2d) and isinstance(model.model.tail.stem[0], torch.nn.Conv2d) == preact
+    assert model.hparams.arch_args['k'] == 2 and model.hparams.arch_args['preact'] is preact
 
 
 @pytest.mark.parametrize('recipe', list_recipes())
@@ -127,6 +137,8 @@ def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatc
     monkeypatch.chdir(work)
     files = {path: path.read_bytes() for path in (work/'results'/'twice').glob('*.*')}
     with pytest.raises(ValueError, match='one-cycle schedule of this run ends after 1 steps, and now there would be [0-9]+'): fit('quick', ['--trainer.max_epochs=2'], name='twice', resume=True)
+    with pytest.raises(ValueError, match='the checkpoint is of a fishnet73 with .*, and this network is a resnet50'):
+        fit('quick', ['--model.arch=resnet50', '--model.arch_args={"widths": [8, 16], "tail": [1, 1]}'], name='twice', resume=True)
     with pytest.raises(ValueError, match='a run of the recipe quick, not of cpu'): fit('cpu', name='twice', resume=True)
     (work/'results'/'twice'/'checkpoints'/'last.ckpt').unlink()
     with pytest.raises(FileNotFoundError, match='last.ckpt is missing, so this run can\'t go on'): fit('quick', name='twice', resume=True)
@@ -141,10 +153,12 @@ class Runs:
 
 def test_hostile_checkpoints_are_refused_and_execute_nothing(tmp_path, work):
     trap, path = tmp_path/'executed', tmp_path/'bad.ckpt'
-    good = torch.load(next(work.glob('results/*/checkpoints/best.ckpt')), weights_only=True)
+    good = torch.load(found := next(work.glob('results/*/checkpoints/best.ckpt')), weights_only=True)
+    Classifier.load_from_checkpoint(found, map_location='cpu', weights_only=True)  # Lightning's way, without a trainer
     assert '_instantiator' not in good['hyper_parameters']
     hostile = [{**good, 'state_dict': Runs(trap)}, Runs(trap), {**good, 'hyper_parameters': {**good['hyper_parameters'], '_instantiator': 'os.system'}},
-               {**good, 'hyper_parameters': {**good['hyper_parameters'], 'arch_args': Runs(trap)}}, {**good, 'state_dict': {}}, [], {}]
+               {**good, 'hyper_parameters': {**good['hyper_parameters'], 'arch_args': Runs(trap)}}, {**good, 'state_dict': {}}, [], {},
+               *({**good, 'hyper_parameters': {**good['hyper_parameters'], **wrong}} for wrong in (dict(num_classes=-1), dict(num_classes='ten'), dict(arch_args='ten')))]
     for content in hostile:
         torch.save(content, path)
         with pytest.raises(ValueError, match='bad.ckpt'): load_classifier(path)
