@@ -36,6 +36,11 @@ def test_notebook_is_fit_to_be_read(path):
     assert not [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
 
 
+def test_notebook_with_fields_ends_when_it_is_run_as_a_whole(copy):
+    "`jupyter nbconvert` waited for ever for the cell with fields: an Output widget, as `interact` has, can lose the kernel's answer."
+    check(BIN/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--stdout', '--ExecutePreprocessor.timeout=120', 'nbs/05_channels.ipynb', cwd=copy)
+
+
 def test_both_editions_of_the_review_share_cells_and_equations():
     english, korean = (json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells'] for name in ('00_review.ipynb', '00_review_ko.ipynb'))
     headings = [''.join(cell['source']) for cell in english]

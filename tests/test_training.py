@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from fishnet_nb.testing import test_run as run_test
-from fishnet_nb.training import Classifier, MovableCheckpoint, RunRecorder, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
+from fishnet_nb.training import Classifier, MovableCheckpoint, RunRecorder, _callbacks, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
 
 from runs import TINY, figures, finish, Run, start, wait_for_epochs
 
@@ -128,6 +128,12 @@ def test_recipes_can_be_read(work, monkeypatch, recipe):
     monkeypatch.chdir(work)
     with quiet_lightning(): cli = _parse(recipe_path(recipe), ['--data.data=shapes'])
     assert cli.trainer.max_epochs == cli.config.trainer.max_epochs and cli.model.hparams.num_classes == 10
+
+
+def test_only_runs_with_the_step_schedule_are_stopped_early(tmp_path):
+    "One-cycle gains most at its end, and may gain nothing for long before."
+    stopped = {schedule: any(isinstance(callback, EarlyStopping) for callback in _callbacks(tmp_path, None, schedule)) for schedule in ('step', 'onecycle')}
+    assert stopped == dict(step=True, onecycle=False)
 
 
 def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatch):
