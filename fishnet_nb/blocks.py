@@ -7,6 +7,8 @@ __all__ = ['bottleneck_body', 'SqueezeExcite', 'Bottleneck', 'make_layer', 'is_w
            'DownRefine', 'init_weights']
 
 # %% ../nbs/02_blocks.ipynb #89bfe078
+from numbers import Integral
+
 from torch import nn, Tensor
 
 # %% ../nbs/02_blocks.ipynb #de75e220
@@ -87,7 +89,7 @@ def is_whole(
     least: int = 1,  # the smallest number that is allowed
 ) -> bool:
     "Whether `value` is a whole number from `least` up. NumPy's are, True isn't."
-    return hasattr(value, '__index__') and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 def _check_k(k: int, channels: int) -> None:
     "ValueError if k doesn't divide the channels."
@@ -112,7 +114,7 @@ class UpRefine(nn.Module):
     ):
         super().__init__()
         _check_k(k, in_channels)
-        self.k = k
+        self.k = int(k)
         self.M = bottleneck_body(in_channels, in_channels // k, preact=preact)
         self.up = nn.Upsample(scale_factor=2, mode='nearest')
 

@@ -36,7 +36,7 @@ def plan_channels(
     k: int = 2,  # by how much each stage of the body divides its channels
 ) -> ChannelPlan:
     "Channels into and out of each stage of body and head. ValueError, naming the stage, for widths that don't work with k."
-    widths = check_widths(widths)
+    widths = check_widths(widths, n_least=2)
     if not is_whole(k): raise ValueError(f'k={k!r}: each body stage divides its channels by k, a whole number from 1 up')
     carried, joined = [widths[-1]], []
     for i, width in reversed(list(enumerate(widths))[1:]):  # the body: bn … b2

@@ -387,9 +387,9 @@ def describe_data(
 # %% ../nbs/01_data.ipynb #9046c529
 def _checked(images: np.ndarray) -> np.ndarray:
     "The images. Raises ValueError unless they are uint8[N, 3, H, W]."
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
         given = f'a {images.dtype} array of shape {images.shape}' if isinstance(images, np.ndarray) else f'a {type(images).__name__}'
-        raise ValueError(f'images are given as {given}, and must be a uint8 array of shape (N, 3, H, W) with N ≥ 1')
+        raise ValueError(f'images are given as {given}, and must be a uint8 array of shape (N, 3, H, W)')
     return images
 
 def _named(data: str | Path | CIFAR | Shapes | np.ndarray | Tensor | None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -689,6 +689,7 @@ class CIFARDataModule(LightningDataModule):
         if on_device and num_workers: raise ValueError(f'{on_device=}, {num_workers=}: images on the device are loaded without processes; leave num_workers at 0 or None')
         _check_augment(augment, cutout_px)
         self.save_hyperparameters(logger=False)
+        self.first_epoch = 0  # of a run that is resumed, another
 
     @cached_property
     def cifar(self) -> CIFAR:
@@ -720,7 +721,7 @@ class CIFARDataModule(LightningDataModule):
 
     def state_dict(self) -> dict:
         "For a checkpoint: the epoch that follows."
-        return dict(first_epoch=self.trainer.fit_loop.epoch_progress.current.processed)
+        return dict(first_epoch=self.trainer.fit_loop.epoch_progress.current.processed) if self.trainer else {}
 
     def load_state_dict(self, state_dict: dict) -> None: self.first_epoch = state_dict['first_epoch']
 

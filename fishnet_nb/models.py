@@ -44,7 +44,7 @@ class FishNet(nn.Module):
         stem_stride: int = 1,  # of the first convolution, in the pre-activation form; all features are that much coarser
     ):
         super().__init__()
-        widths = check_widths(widths)
+        widths = check_widths(widths, n_least=2)
         plan, n = plan_channels(widths, k), len(widths)
         body = check_depths((1,)*(n-1) if body is None else body, n-1, 'body')
         head = check_depths((1,)*n if head is None else head, n, 'head')
@@ -217,7 +217,7 @@ def load_weights(
     try: model = create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **(about['arch_args'] or {}))
     except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     last = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
-    left_out = {name for name in weights if name.startswith(last)} if num_classes not in (None, about['num_classes']) else set()
+    left_out = {name for name in (*weights, *model.state_dict()) if name.startswith(last)} if num_classes not in (None, about['num_classes']) else set()
     kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in left_out}
     found = {name: tensor.shape for name, tensor in kept.items()}

@@ -29,11 +29,12 @@ def make_stem(
 # %% ../nbs/03_tail.ipynb #95b0af9f
 def check_widths(
     widths: Sequence[int],  # channels of the stem and of each next stage
+    n_least: int = 1,  # so many stages are needed
 ) -> tuple[int, ...]:
-    "`widths` as a tuple; ValueError unless they are at least two whole numbers from 1 up."
+    "`widths` as a tuple; ValueError unless they are enough whole numbers from 1 up."
     if not isinstance(widths, Iterable): raise ValueError(f'widths={widths!r}: a sequence is expected, the width of the stem and of each next stage')
     widths = tuple(widths)
-    if len(widths) < 2: raise ValueError(f'widths={widths}: there are at least two stages, so at least two widths')
+    if len(widths) < n_least: raise ValueError(f'widths={widths}: at least {n_least} are needed, one for each stage')
     for i, width in enumerate(widths):
         if not is_whole(width): raise ValueError(f'widths={widths}: {f"tail stage t{i}" if i else "the stem"} has width {width!r}; a width is a whole number from 1 up')
     return tuple(map(int, widths))
@@ -83,7 +84,7 @@ class Tail(nn.Module):
         check_switches(preact=preact)
         if not is_whole(in_channels): raise ValueError(f'in_channels={in_channels!r}: images have a whole number of channels, from 1 up')
         self.stem = make_stem(in_channels, widths[0], preact, stem_stride)
-        self.in_channels, self.strides = in_channels, tuple(stem_stride*2**i for i in range(len(widths)))
+        self.in_channels, self.strides = int(in_channels), tuple(stem_stride*2**i for i in range(len(widths)))
         self.stages = nn.ModuleDict({
             f't{i+1}': nn.Sequential(*make_layer(widths[i], widths[i+1], depths[i], preact=preact), nn.MaxPool2d(2))
             for i in range(len(widths) - 1)})

@@ -67,6 +67,8 @@ def summarise(
 # %% ../nbs/07_training.ipynb #e10dd613
 class Classifier(LightningModule):
     "A network with its loss, metrics and optimiser. Batches are dict(img=[N, C, H, W], label=[N]); hyperparameters are plain values."
+    planned_steps = math.inf  # of the one-cycle schedule of a run that is resumed
+
     def __init__(self,
         arch: str = 'fishnet99',  # one of `list_models()`
         arch_args: dict[str, bool | int | list[int] | None] | None = None,  # more arguments for `create_model`: widths, tail, body, head, k, preact, final_norm, stem_stride
@@ -84,9 +86,9 @@ class Classifier(LightningModule):
         for name, given, allowed in [('optimizer', optimizer, ('adam', 'sgd')), ('schedule', schedule, ('step', 'onecycle'))]:
             if given not in allowed: raise ValueError(f'{name}={given!r}: allowed are {", ".join(map(repr, allowed))}')
         check_switches(mirror=mirror, compile=compile)
-        if own := {'num_classes', 'in_channels', 'pretrained'} & set(arch_args or {}): raise ValueError(f'arch_args has no {", ".join(sorted(own))}: classes and channels are arguments of their own, and training begins with new weights')
+        if own := {'num_classes', 'in_channels'} & set(arch_args or {}): raise ValueError(f'arch_args has no {", ".join(sorted(own))}: classes and channels of images are arguments of their own')
+        if not _is_plain(arch_args): raise ValueError(f'arch_args={arch_args}: plain numbers and lists are expected, which a checkpoint can hold')
         self.save_hyperparameters()
-        self.planned_steps = math.inf  # of the one-cycle schedule of a run that is resumed
         self.model = create_model(arch, num_classes, in_channels, **(arch_args or {})).to(memory_format=torch.channels_last)
         self.metrics = nn.ModuleDict({f'{stage}_metrics': make_metrics(num_classes) for stage in ('train', 'val', 'test')})
 
@@ -130,12 +132,15 @@ class Classifier(LightningModule):
         "Log the epoch's figures, over all images of all ranks, and start afresh."
         for key, value in summarise(self.metrics[f'{stage}_metrics']).items(): self.log(f'{stage}_{key}', value, prog_bar=key in ('loss', 'top1_error'))
 
+    def setup(self, stage: str | None = None) -> None: self.planned_steps = math.inf  # unless a checkpoint says otherwise
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        "ValueError for the checkpoint of another network."
-        shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (checkpoint['state_dict'], self.state_dict())]
-        if shapes[0] != shapes[1]:
-            was, now = (f'{h["arch"]} with {h["arch_args"]}, {h["num_classes"]} classes and {h["in_channels"]} channels' for h in (checkpoint['hyper_parameters'], self.hparams))
-            raise ValueError(f'the checkpoint is of a {was}, and this network is a {now}: go on with the same network, or start a new run')
+        "ValueError if a trainer goes on with the checkpoint of another network."
+        if self._trainer and self.strict_loading:
+            then, now = ({name: tensor.shape for name, tensor in state.items()} for state in (checkpoint['state_dict'], self.state_dict()))
+            if wrong := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+                raise ValueError(f'the checkpoint is of a {_described(checkpoint.get("hyper_parameters", {}))}, and this network is a {_described(self.hparams)}: '
+                                 f'{len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them; go on with the same network, or start a new run')
         self.planned_steps = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), math.inf)
 
     def configure_optimizers(self) -> dict:
@@ -148,6 +153,16 @@ class Classifier(LightningModule):
         if n > self.planned_steps: raise ValueError(f'the one-cycle schedule of this run ends after {self.planned_steps} steps, and now there would be {n}: resume it without more epochs or smaller batches, or start a new run')
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, h.lr, n)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval='step'))
+
+def _described(hparams: dict) -> str:
+    "A network, by its hyperparameters."
+    return f'{hparams.get("arch")} with {hparams.get("arch_args")}, {hparams.get("num_classes")} classes and {hparams.get("in_channels")} channels'
+
+def _is_plain(value: object) -> bool:
+    "Whether it is a number, a text, nothing, or made of such."
+    if isinstance(value, dict): return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
+    if isinstance(value, (list, tuple)): return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 # %% ../nbs/07_training.ipynb #3cb90903
 def list_recipes() -> list[str]:
@@ -366,11 +381,9 @@ def _check_hparams(
     path: Path,  # for the message
 ) -> None:
     "ValueError unless these are arguments of `Classifier` with plain values."
-    def is_plain(v): return v is None or isinstance(v, (bool, int, float, str)) or (
-        isinstance(v, (list, tuple)) and all(map(is_plain, v))) or (isinstance(v, dict) and all(isinstance(k, str) and is_plain(w) for k, w in v.items()))
     if not isinstance(hparams, dict): raise ValueError(f'{path} holds no hyperparameters: it is not a checkpoint of this library')
     known = inspect.signature(Classifier).parameters
-    foreign = [str(key) for key, value in hparams.items() if key not in known or not is_plain(value)]
+    foreign = [str(key) for key, value in hparams.items() if key not in known or not _is_plain(value)]
     if foreign: raise ValueError(f'{path} is refused: its hyperparameters hold {", ".join(foreign)}, which no run of this library writes')
 
 def read_checkpoint(
@@ -433,7 +446,8 @@ def quiet_lightning() -> Iterable[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         for message in ('.*does not have many workers.*', '.*tensorboardX.*', '.*exists and is not empty.*', '.*`isinstance.treespec, LeafSpec.`.*',
-                        '.*lr_scheduler.step.*', '.*args parameter is intended.*', '.*across ranks.*is zero.*', '.*sync_dist=True.*'):
+                        '.*lr_scheduler.step.*', '.*args parameter is intended.*', '.*across ranks.*is zero.*', '.*sync_dist=True.*',
+                        '.*callbacks used to create the checkpoint.*EarlyStopping.*'):
             warnings.filterwarnings('ignore', message)
         for logger in loggers: logger.setLevel(logging.WARNING)
         try: yield
@@ -497,7 +511,7 @@ def _check_run(trainer: Trainer, data: CIFARDataModule) -> None:
     "ValueError for what would leave a run without a best epoch."
     if not data.split[1].size: raise ValueError('data.val_fraction is 0: a run needs validation images, which choose its best epoch')
     wrong = {'trainer.check_val_every_n_epoch': trainer.check_val_every_n_epoch != 1, 'trainer.limit_val_batches': trainer.limit_val_batches == 0,
-             'trainer.limit_train_batches': trainer.limit_train_batches == 0, 'trainer.max_epochs': trainer.max_epochs < 1, 'trainer.fast_dev_run': bool(trainer.fast_dev_run)}
+             'trainer.limit_train_batches': trainer.limit_train_batches == 0, 'trainer.max_epochs': trainer.max_epochs is not None and trainer.max_epochs < 1, 'trainer.fast_dev_run': bool(trainer.fast_dev_run)}
     for name, is_wrong in wrong.items():
         if is_wrong: raise ValueError(f'{name}: a run needs training and validation in every epoch, which choose its best one; try it out by --trainer.max_epochs=1 --trainer.limit_train_batches=2')
 

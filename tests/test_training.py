@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from fishnet_nb.testing import test_run as run_test
 from fishnet_nb.training import Classifier, MovableCheckpoint, RunRecorder, _callbacks, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
@@ -128,6 +130,19 @@ def test_recipes_can_be_read(work, monkeypatch, recipe):
     monkeypatch.chdir(work)
     with quiet_lightning(): cli = _parse(recipe_path(recipe), ['--data.data=shapes'])
     assert cli.trainer.max_epochs == cli.config.trainer.max_epochs and cli.model.hparams.num_classes == 10
+
+
+def test_a_trained_network_can_be_trained_anew_for_longer(tmp_path):
+    "Only a run that is resumed is bound to the steps that its one-cycle schedule had."
+    def trainer(n): return Trainer(max_epochs=n, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    classifier, batches = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), schedule='onecycle'), DataLoader([dict(img=torch.randn(3, 16, 16), label=0)]*4, 2)
+    with quiet_lightning():
+        (first := trainer(1)).fit(classifier, batches)
+        first.save_checkpoint(tmp_path/'one.ckpt')
+        trainer(1).test(classifier, batches, ckpt_path=tmp_path/'one.ckpt', verbose=False)
+        trainer(2).fit(classifier, batches)
+        trainer(2).fit(Classifier.load_from_checkpoint(tmp_path/'one.ckpt', weights_only=True), batches)
+        with pytest.raises(ValueError, match='ends after 2 steps, and now there would be 4'): trainer(2).fit(classifier, batches, ckpt_path=tmp_path/'one.ckpt')
 
 
 def test_only_runs_with_the_step_schedule_are_stopped_early(tmp_path):
