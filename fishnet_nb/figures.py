@@ -18,7 +18,7 @@ from matplotlib.patches import FancyBboxPatch
 from torch import nn, Tensor
 
 from .body_head import BodyStage, HeadStage
-from .models import named_stages, stage_table
+from .models import stage_table, watch_stages
 
 # %% ../nbs/00_review.ipynb #fb23eaf6
 BLACK, RED, ORANGE, BLUE, GRAY = '#1a1a1a', '#c01f2e', '#c25e00', '#1f5fbf', '#5b6470'
@@ -103,18 +103,10 @@ def find_links(
     side: int = 32,  # side of the image, px
 ) -> list[Link]:  # in the order in which an image passes their targets
     "Which feature each stage of body and head takes from the other side, found by sending an image through the model."
-    made, links, hooks, was_training = [], [], [], model.training
-    def note(name):
-        def hook(stage, inputs, output):
-            if len(inputs) == 2: links.append(next(Link(source, name, tensor.shape[1]) for source, tensor in made if tensor is inputs[1]))
-            made.append((name, output[0] if isinstance(output, tuple) else output))
-        return hook
-    try:
-        hooks = [stage.register_forward_hook(note(name)) for name, stage in named_stages(model).items()]
-        with torch.no_grad(): model.eval().forward_features(next(model.parameters()).new_zeros(1, model.tail.in_channels, side, side))
-    finally:
-        for hook in hooks: hook.remove()
-        model.train(was_training)
+    made, links = [], []
+    for name, _, inputs, output in watch_stages(model, side):
+        if len(inputs) == 2: links.append(next(Link(source, name, tensor.shape[1]) for source, tensor in made if tensor is inputs[1]))
+        made.append((name, output[0] if isinstance(output, tuple) else output))
     return links
 
 # %% ../nbs/00_review.ipynb #9183dc14
