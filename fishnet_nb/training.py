@@ -50,9 +50,9 @@ def make_metrics(
     num_classes: int,  # of the data
 ) -> nn.ModuleDict:
     "What is counted in an epoch: the mean loss, the images, and which of them are right."
-    right = MetricCollection({'f1': MulticlassF1Score(num_classes, average='micro'),
-                              'top1': MulticlassAccuracy(num_classes, average='micro'),
-                              'top5': MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average='micro')}, compute_groups=False)
+    how = dict(average='micro', validate_args=False)  # the loss has checked the labels, and a GPU needn't wait for a check
+    right = MetricCollection({'f1': MulticlassF1Score(num_classes, **how), 'top1': MulticlassAccuracy(num_classes, **how),
+                              'top5': MulticlassAccuracy(num_classes, min(5, num_classes), **how)}, compute_groups=False)
     return nn.ModuleDict({'loss': MeanMetric(nan_strategy=math.nan), 'n': SumMetric(), 'right': right})  # by default, a NaN would be left out of the mean
 
 def summarise(
