@@ -218,7 +218,8 @@ def input_rates(
     seconds: float = 2.0,  # how long to count each way
 ) -> dict:  # data, workers, and images per second by 'albumentations' and 'on_device'
     "How many training images per second are delivered, of CIFAR-10 where it is at hand, else of the shapes: augmented one by one by albumentations, and by the batch on the device."
-    try: data = CIFARDataModule('cifar10').data_info()['name']
+    data = 'cifar10'
+    try: CIFARDataModule(data).cifar
     except FileNotFoundError: data = 'shapes'
     single, batched = (CIFARDataModule(data, batch_size, on_device=on_device).train_dataloader() for on_device in (False, True))
     batched.dataset.images, batched.dataset.labels = batched.dataset.images.to(device), batched.dataset.labels.to(device)
@@ -270,20 +271,16 @@ def bench_report(
 def plot_bench(
     record: dict,  # from `bench`
 ) -> Figure:
-    "Images per second in training and inference, over the batch size and, where there are several, over the width."
-    columns = [('batch_size', 'batch size', 'width')] + [('width', 'width of the stem, channels', 'batch_size')]*(len(record['sizes']) > 1)
-    fig, axes = plt.subplots(len(columns), 2, figsize=(8, 3*len(columns)), layout='constrained', squeeze=False)
-    for line, (x, xlabel, other) in zip(axes, columns):
-        for ax, mode in zip(line, ('training', 'inference')):
-            _plot_rates(ax, [row for row in record['rows'] if row['mode'] == mode], x, other)
-            ax.set(title=mode, xlabel=xlabel, ylabel='images per second', xlim=(0, None), ylim=(0, None))
-        line[1].legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=7)
+    "Images per second in training and inference, a bar for each setting, by batch size and, where there are several, by width."
+    settings, sizes = (list(dict.fromkeys(values)) for values in zip(*((row['setting'], (row['width'], row['batch_size'])) for row in record['rows'])))
+    has_widths = len(record['sizes']) > 1
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')
+    for ax, mode in zip(axes, ('training', 'inference')):
+        for i, (setting, color) in enumerate(zip(settings, cycle(('#5b6470', '#c25e00', '#1f5fbf')))):
+            found = [row['img_per_s'] for row in record['rows'] if (row['mode'], row['setting']) == (mode, setting)]
+            ax.bar([j + (i - (len(settings) - 1)/2)*.8/len(settings) for j in range(len(sizes))], found, .8/len(settings), color=color, label=setting)
+        ax.set_xticks(range(len(sizes)), [f'{batch_size}\n{width}' if has_widths else batch_size for width, batch_size in sizes])
+        ax.set(title=mode, xlabel='batch size\nwidth of the stem, channels' if has_widths else 'batch size', ylabel='images per second')
+    axes[1].legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=7)
     plt.close(fig)
     return fig
-
-def _plot_rates(ax: plt.Axes, rows: Sequence[dict], x: str, other: str) -> None:
-    "A line for each setting and value of `other`, over `x`."
-    for setting, color in zip(dict.fromkeys(row['setting'] for row in rows), cycle(('#5b6470', '#c25e00', '#1f5fbf'))):
-        for value, marker in zip(dict.fromkeys(row[other] for row in rows), cycle('os^vD')):
-            found = [row for row in rows if (row['setting'], row[other]) == (setting, value)]
-            ax.plot([row[x] for row in found], [row['img_per_s'] for row in found], marker=marker, color=color, clip_on=False, label=f'{setting}, {other.replace("_size", "")} {value}')

@@ -71,28 +71,21 @@ def _run_fit(args: argparse.Namespace) -> int:
     its optimiser, --data.… for the images, --trainer.… for what Lightning's Trainer takes."""
     from pytorch_lightning.utilities import rank_zero_only
     from fishnet_nb.training import fit
-    with _resumable(args.name or Path(args.recipe).stem, args.recipe, args.resume):
+    with _resumable(args.recipe, Path('results')/(args.name or Path(args.recipe).stem) if args.resume else None):
         try: folder = fit(args.recipe, args.changes, args.name, args.resume)
         except ValueError as error: raise ValueError(f'{error}{_near_change(args.changes, str(error))}') from error
     if not rank_zero_only.rank: print(_outcome(folder))
     return 0
 
 @contextmanager
-def _resumable(name: str, recipe: str, resume: bool = False) -> Iterator[None]:
-    "Says how to go on, should the run be stopped by Ctrl-C."
-    earlier = _folders(name)
+def _resumable(recipe: str, earlier: Path | None = None) -> Iterator[None]:
+    "Says how to go on, should the run be stopped: one of that recipe, or an earlier one that was to go on."
     try: yield
     except KeyboardInterrupt as error:
-        begun = [Path('results')/name] if resume else [folder for folder in _folders(name) if folder not in earlier][-1:]
-        how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(str(Path(name).with_name(begun[0].name)))} --resume' if begun else 'nothing was trained yet'
-        raise KeyboardInterrupt(f'{error or "stopped"}; {how}') from None
-
-def _folders(name: str) -> list[Path]:
-    "The runs of that name that can be resumed, `name` itself and those with a number behind it, in that order."
-    first = Path('results')/name
-    found = [path.parent for path in first.parent.glob('*/config.yaml') if path.parent.name == first.name or
-             path.parent.name.startswith(f'{first.name}-') and path.parent.name[len(first.name) + 1:].isdecimal()]
-    return sorted(found, key=lambda folder: (len(folder.name), folder.name))
+        if isinstance(error.__cause__, BrokenPipeError): _drop_output()
+        folder = getattr(error, 'folder', earlier)
+        how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(os.path.relpath(folder, "results"))} --resume' if folder else 'nothing was trained yet'
+        raise KeyboardInterrupt(f'{str(error) or "stopped"}; {how}') from None
 
 def _outcome(folder: Path) -> str:
     "The result of a finished run."
@@ -111,10 +104,12 @@ def _near_change(
     from fishnet_nb.data import CIFARDataModule
     from fishnet_nb.training import Classifier
     if 'unrecognized' not in message: return ''
-    known = [f'--{part}.{name}' for part, made in (('model', Classifier), ('data', CIFARDataModule), ('trainer', Trainer))
-             for name in inspect.signature(made).parameters] + ['--name', '--resume', '--seed_everything']
-    wrong = [change.split('=')[0] for change in changes if change.startswith('--') and change.split('=')[0] in message]
-    return _near(wrong[0], known) if wrong else ''
+    wrong = next((change.split('=')[0] for change in changes if change.startswith('--') and change.split('=')[0] in message), '')
+    part, _, name = wrong.partition('.')
+    made = {'--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}.get(part)
+    if not made or not name: return _near(wrong, ['--name', '--resume', '--seed_everything']) if wrong else ''
+    near = get_close_matches(name, inspect.signature(made).parameters, n=1)
+    return f'; did you mean {part}.{near[0]}?' if near else ''
 
 # %% ../nbs/cli.ipynb #4701cd19
 def _run_test(args: argparse.Namespace) -> int:
@@ -122,12 +117,12 @@ def _run_test(args: argparse.Namespace) -> int:
     pictures history.png (of a run), confusion.png and predictions.png beside it; for the weights in the package, into results/pretrained."""
     from fishnet_nb.models import pretrained_path
     from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, record_test, test_run
-    path = find_checkpoint(args.tested) if args.tested else pretrained_path('fishnet73')
+    path = pretrained_path('fishnet73') if args.tested is None else find_checkpoint(args.tested)
     found, module = test_run(path, args.data)
     classifier, _ = load_trained(path)
     tests = {'alone': found}
     if classifier.hparams.mirror: tests = {'mirrored': found, 'alone': evaluate(classifier.model.to(best_device()), module.test_dataloader())}
-    folder, info = _folder_of(path) if args.tested else Path('results/pretrained'), module.data_info()
+    folder, info = Path('results/pretrained') if args.tested is None else _folder_of(path), module.data_info()
     print(_compare(path.name if path.suffix == '.safetensors' else 'this run', info['description'], tests), flush=True)
     record_test(folder/'test.json', path, tests, info)
     figures = {'confusion': plot_confusion(found, module.classes), 'predictions': plot_predictions(found, module.cifar.test_images, module.classes)}
@@ -168,8 +163,7 @@ def _run_predict(args: argparse.Namespace) -> int:
     Images of any size are scaled to 32×32 pixels; of those that can't be read, a line each says why."""
     from fishnet_nb.testing import load_trained
     classifier, names = load_trained(args.checkpoint)
-    channels = next(classifier.parameters()).shape[1]
-    if channels != 3: raise ValueError(f'{args.checkpoint} takes images of {channels} channels, and 3 are needed here')
+    if (channels := classifier.hparams.in_channels) != 3: raise ValueError(f'{args.checkpoint} takes images of {channels} channels, and 3 are needed here')
     rows, wrong = [('image', '1st', '2nd', '3rd')], []
     for path in args.images:
         try: rows.append((path, *_top(classifier, _read_image(path), names)))
@@ -252,9 +246,9 @@ def _run_bench(args: argparse.Namespace) -> int:
     student implementation switches off; then what fits the device, eager and compiled. And of the input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
     from fishnet_nb.bench import bench, bench_report, plot_bench
     from fishnet_nb.training import free_path, write_atomically
-    record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds)
     path = free_path(Path('results')/'bench'/(args.name or args.model), '.json')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)  # before all the measuring
+    record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds)
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     _save(plot_bench(record), path.with_suffix('.png'))
     print(f'{bench_report(record)}\n\nThe record is {path}, its plot {path.with_suffix(".png")}.')
@@ -296,15 +290,22 @@ def _run_reproduce(args: argparse.Namespace) -> int:
     """Repeat a recorded run with its hyperparameters, and compare the errors. Ends with 1 if the top-1 errors differ by more than the tolerance: on
     other hardware or another number of threads, rounding alone makes two runs differ by some tenths of a percentage point."""
     from pytorch_lightning.utilities import rank_zero_only
-    from fishnet_nb.training import fit, read_record
+    from fishnet_nb.training import NOT_FINITE, fit, read_record
     stated = read_record(args.name)
     name, recipe, config = _repeatable(stated, args.name)
     _check_data(stated, config['data'], args.other_data)
-    with tempfile.TemporaryDirectory() as scratch, _resumable(f'{name}-reproduced', recipe):
+    with tempfile.TemporaryDirectory() as scratch, _resumable(recipe):
         path = Path(scratch)/f'{recipe}.yaml'
         path.write_text(json.dumps(config), encoding='utf-8')  # JSON is YAML
-        folder = fit(str(path), name=f'{name}-reproduced')
+        try: folder = fit(str(path), name=f'{name}-reproduced')
+        except FloatingPointError as error:
+            if stated['status'] != NOT_FINITE: raise
+            print(f'reproduced: {error}')
+            return 0
     if rank_zero_only.rank: return 0
+    if stated['status'] == NOT_FINITE:
+        print(f'not reproduced: the run was {NOT_FINITE}, and the new one has finished; its record is in {folder}')
+        return 1
     found, test = read_record(folder), stated['test']
     print(_table([('', 'stated', 'obtained'), *((label, f'{test[key]:.2%}', f'{found["test"][key]:.2%}') for key, label in _ERRORS),
                   ('test loss', f'{test["loss"]:.4f}', f'{found["test"]["loss"]:.4f}')]))
@@ -326,18 +327,32 @@ def _repeatable(
     record: dict,  # from `read_record`
     given: str,  # for the message
 ) -> tuple[str, str, dict]:
-    "Name and recipe of a record, and the recipe with the run's hyperparameters. ValueError for a run without a result, or for what is no record."
+    "Name and recipe of a record, and the recipe with the run's hyperparameters. ValueError for a run without a result, for foreign code, or for what is no record."
+    from fishnet_nb.training import NOT_FINITE
     try:
-        if record['status'] != 'finished': raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
+        if record['status'] not in ('finished', NOT_FINITE): raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
         hparams, _ = record['hparams'], (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
         augment = {True: 'student', False: 'none'}.get(hparams['data']['augment'], hparams['data']['augment'])  # the first records only say whether
         config = {'seed_everything': hparams['seed_everything'],
                   'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
                   'data': {key: value for key, value in hparams['data'].items() if key != 'seed'} | {'augment': augment},  # follows from the seed of all
                   'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and (key, value) != ('enable_progress_bar', True)}}  # a terminal's
-        if not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
+        if record['status'] == 'finished' and not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
+        foreign = [text for key in ('accelerator', 'callbacks', 'logger', 'plugins', 'profiler', 'strategy') for text in _texts(config['trainer'].get(key)) if _is_foreign(text)]
+        if foreign: raise ValueError(f'{given} is refused: it names {", ".join(foreign)}, which would be imported; if you trust it, train by a recipe of your own that names it')
         return Path(record['name']).name, Path(record['recipe']).name, config
     except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type') from None
+
+def _texts(value: object) -> list[str]:
+    "All texts in nested dicts and lists, but for the keys."
+    if isinstance(value, dict): value = list(value.values())
+    if isinstance(value, list): return [text for part in value for text in _texts(part)]
+    return [value] if isinstance(value, str) else []
+
+def _is_foreign(text: str) -> bool:
+    "Whether it names something to import, and not from Lightning."
+    parts = text.split('.')
+    return len(parts) > 1 and all(part.isidentifier() for part in parts) and parts[0] != 'pytorch_lightning'
 
 def _check_data(
     stated: dict,  # the record
@@ -463,6 +478,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)): return f'error: {_one_line(error)}'
     return f'error: {type(error).__name__}: {_one_line(error)}'
 
+def _drop_output() -> None:
+    "What is still to be printed goes nowhere."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def _is_loading(
     frame: FrameType | None,  # where the process is
 ) -> bool:
@@ -502,7 +521,7 @@ def main(
             print(f'\n{_one_line(error) if error.args else "stopped"}', file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 0
         except Exception as error:
             if os.environ.get('FISHNET_DEBUG'): raise

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CIFAR_CLASSES', 'CIFAR_FOLDER', 'TRAIN_BATCHES', 'TEST_BATCH', 'META', 'CIFAR_URL',
-           'CIFAR_MD5', 'AUGMENTATIONS', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'read_classes', 'load_cifar',
-           'download_cifar', 'data_folder', 'data_sha256', 'load_data', 'is_official', 'describe_data', 'check_images',
-           'train_transform', 'test_transform', 'CIFARDataset', 'stratified_split', 'EpochSampler', 'Draws', 'draw',
-           'augment_batch', 'DeviceDataset', 'CIFARDataModule']
+           'CIFAR_MD5', 'AUGMENTATIONS', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'are_class_names',
+           'read_classes', 'load_cifar', 'download_cifar', 'data_folder', 'data_sha256', 'load_data', 'is_official',
+           'describe_data', 'check_images', 'train_transform', 'test_transform', 'CIFARDataset', 'stratified_split',
+           'EpochSampler', 'Draws', 'draw', 'augment_batch', 'DeviceDataset', 'CIFARDataModule']
 
 # %% ../nbs/01_data.ipynb #7a9be065
 import os
@@ -273,12 +273,15 @@ def _check_files(folder: Path) -> None:
     missing = [name for name in wanted if not (folder/name).exists()]
     if missing: raise FileNotFoundError(f'{folder} lacks {", ".join(missing)} of the {len(wanted)} files {", ".join(wanted)}; {_GET}')
 
+def are_class_names(names: object) -> bool:
+    "Whether it is a list of texts that can be shown."
+    return isinstance(names, list) and all(isinstance(name, (bytes, str)) and 0 < len(name) <= 100 and _text(name).isprintable() for name in names)
+
 def read_classes(path: Path) -> tuple[str, ...]:
     "The class names in `batches.meta`. Raises ValueError."
     names, allowed = unpickle(path).get(b'label_names'), 'a list of names'
     if not isinstance(names, list) or not names: raise _wrong(path, 'label_names', names, allowed)
-    good = all(isinstance(name, (bytes, str)) and 0 < len(name) <= 100 and _text(name).isprintable() for name in names)
-    if not good: raise _wrong(path, 'label_names', 'a list of other things', allowed)
+    if not are_class_names(names): raise _wrong(path, 'label_names', 'a list of other things', allowed)
     return tuple(_text(name) for name in names)
 
 def _check_pixels(path: Path, data: object) -> np.ndarray:  # uint8[n, 3, 32, 32]
@@ -719,11 +722,21 @@ class CIFARDataModule(LightningDataModule):
         self.split
         self.first_epoch = 0
 
-    def state_dict(self) -> dict:
-        "For a checkpoint: the epoch that follows."
-        return dict(first_epoch=self.trainer.fit_loop.epoch_progress.current.processed) if self.trainer else {}
+    @cached_property
+    def sha256(self) -> str:
+        "Of the images and labels."
+        return data_sha256(self.cifar)
 
-    def load_state_dict(self, state_dict: dict) -> None: self.first_epoch = state_dict['first_epoch']
+    def state_dict(self) -> dict:
+        "For a checkpoint: the epoch that follows, and which data it is."
+        return dict(first_epoch=self.trainer.fit_loop.epoch_progress.current.processed, sha256=self.sha256) if self.trainer else {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        "Raises ValueError for the checkpoint of a run on other data."
+        if (earlier := state_dict.get('sha256', self.sha256)) != self.sha256:
+            raise ValueError(f'the checkpoint is of a run on other data, of SHA-256 {earlier[:12]}…, and at hand is {self.data_info()["description"]} ({self.sha256[:12]}…): '
+                             'point FISHNET_DATA to the data it was trained on, or train without --resume')
+        self.first_epoch = state_dict['first_epoch']
 
     def _loader(self, dataset: CIFARDataset | DeviceDataset, training: bool = False) -> DataLoader:
         "A loader that gives this rank its share."
@@ -768,5 +781,6 @@ class CIFARDataModule(LightningDataModule):
     def data_info(self) -> dict:  # name, description, sha256, n_train, n_val, n_test
         "What a run record says about the data."
         description = describe_data(self.cifar, data_folder(self.hparams.data))
-        return dict(name='shapes' if description.startswith('shapes') else 'cifar10', description=description, sha256=data_sha256(self.cifar),
+        name = 'shapes' if self.sha256 == SHAPES_SHA256 else 'cifar10' if description.startswith('CIFAR-10 (') else 'own'
+        return dict(name=name, description=description, sha256=self.sha256,
                     n_train=len(self.split[0]), n_val=len(self.split[1]), n_test=len(self.cifar.test_labels))

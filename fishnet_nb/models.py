@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
@@ -26,7 +26,7 @@ from torch import nn, Tensor
 from .blocks import Bottleneck, init_weights, is_whole
 from .body_head import Body, Head
 from .channels import plan_channels
-from .tail import ResNet, Tail, check_depths, check_widths, make_classifier
+from .tail import ResNet, Tail, check_depths, check_switches, check_widths, make_classifier
 
 # %% ../nbs/06_fishnet.ipynb #aca6f6e8
 class FishNet(nn.Module):
@@ -82,7 +82,7 @@ def list_models() -> list[str]:
 def _lookup(name: str) -> tuple[type[nn.Module], dict]:
     "Class and depths of the model called `name`; ValueError with the known names."
     known = _architectures()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = get_close_matches(str(name), known, n=1)
         hint = f'; did you mean {near[0]!r}?' if near else ''
         raise ValueError(f'unknown model {name!r}: known are {", ".join(known)}{hint}')
@@ -97,6 +97,7 @@ def create_model(
 ) -> nn.Module:  # [N, in_channels, H, W] -> [N, num_classes]
     "A model by name. ValueError for an unknown name, numbers that don't fit or weights that aren't there; TypeError for an unknown argument."
     make, depths = _lookup(name)
+    check_switches(pretrained=pretrained)
     allowed = inspect.signature(make).parameters
     if unknown := set(kwargs) - set(allowed):
         raise TypeError(f'{name} has no argument {", ".join(sorted(unknown))}: it takes {", ".join(allowed)}')
@@ -179,7 +180,7 @@ def count_complexity(
     "Operations for one input of `input_size`, by ptflops, and parameters. Raises as the model does for an input that it doesn't take."
     from ptflops import get_model_complexity_info
     copy = deepcopy(model).float().cpu().eval()
-    with torch.no_grad(): copy(torch.zeros(1, *input_size))  # ptflops would print its error, and go on
+    with torch.no_grad(): copy(torch.zeros(1, *input_size, dtype=torch.float32, device='cpu'))  # whatever the defaults are; ptflops would print its error, and go on
     macs, _ = get_model_complexity_info(copy, tuple(input_size), as_strings=False, print_per_layer_stat=False,
                                         backend='pytorch', backend_specific_config={'count_functional': False})
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -195,6 +196,7 @@ def replacing(
     scratch = path.with_name(f'.{os.getpid()}.{path.name}')
     try:
         yield scratch
+        with open(scratch, 'rb+') as written: os.fsync(written.fileno())  # or after a loss of power the final name may hold an empty file
         os.replace(scratch, path)
     finally: scratch.unlink(missing_ok=True)
 
@@ -230,7 +232,7 @@ def load_weights(
     try: model = create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **(about['arch_args'] or {}))
     except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     last = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
-    left_out = {name for name in (*weights, *model.state_dict()) if name.startswith(last)} if num_classes not in (None, about['num_classes']) else set()
+    left_out = {name for name in (*weights, *model.state_dict()) if name.startswith(last)} if num_classes not in (None, about.get('num_classes')) else set()
     kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in left_out}
     found = {name: tensor.shape for name, tensor in kept.items()}
@@ -264,7 +266,8 @@ def _create_pretrained(name: str, num_classes: int, in_channels: int, **kwargs) 
     about = read_weights(path)[1]
     defaults = {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
     expected = {**defaults, **depths, **about['arch_args'], 'in_channels': about['in_channels']}
+    plain = lambda value: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
     for key, value in {**kwargs, 'in_channels': in_channels}.items():
-        if value is not None and str(value).strip('()[]') != str(expected.get(key)).strip('()[]'):  # a tuple or a list, it is the same
+        if value is not None and plain(value) != plain(expected.get(key)):
             raise ValueError(f'{key}={value}: the weights of {name} belong to {about["arch_args"]} and {about["in_channels"]} input channels')
     return load_weights(path, num_classes)

@@ -8,6 +8,7 @@ __all__ = ['make_stem', 'check_widths', 'check_depths', 'check_switches', 'Tail'
 # %% ../nbs/03_tail.ipynb #b3b030d7
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn, Tensor
 
 from .blocks import Bottleneck, bottleneck_body, init_weights, is_whole, make_layer
@@ -98,6 +99,7 @@ class Tail(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         "ValueError unless `x` is [N, in_channels, H, W] with sides that the poolings divide; TypeError unless it holds floating point numbers."
+        if isinstance(x, torch.fx.Proxy): return  # traced by torch.fx, it has no shape yet
         if not isinstance(x, Tensor) or not x.is_floating_point():
             given = f'a tensor of {x.dtype}' if isinstance(x, Tensor) else f'a {type(x).__name__}'
             raise TypeError(f'input is {given}: a tensor of floating point numbers is expected, of images that have been normalised, as by `test_transform`')

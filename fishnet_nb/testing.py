@@ -20,10 +20,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, find_data, read_classes
+from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, are_class_names, find_data, read_classes
 from .models import load_weights, pretrained_path, read_weights, save_weights
 from .shapes import SHAPE_CLASSES
-from .training import (Classifier, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
+from .training import (UNFINISHED, Classifier, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
                                  write_atomically)
 
 # %% ../nbs/08_testing.ipynb #3c0d9988
@@ -74,6 +74,8 @@ def find_checkpoint(
     path = next((path for path in (Path(run), *(folder/'checkpoints'/'best.ckpt' for folder in folders)) if path.is_file()), None)
     if path is not None: return path
     if any((folder/'record.json').is_file() for folder in folders):
+        record = read_record(run, root)
+        if record['status'] in UNFINISHED: raise FileNotFoundError(f'{run!s} has no checkpoints/best.ckpt, since it was stopped before its first epoch was done: go on by `fishnet-nb fit {record["recipe"]} --name {record["name"]} --resume`')
         raise FileNotFoundError(f'{run!s} is a record without checkpoints/best.ckpt, since records are kept without their checkpoints: '
                                 f'train again, by `fishnet-nb reproduce {run!s}`, or name another run')
     known = sorted(path.parent.parent.name for path in Path(root).glob('*/checkpoints/best.ckpt'))
@@ -99,8 +101,11 @@ def test_run(
 def trained_on(
     path: str | Path,  # a .ckpt or .safetensors file
 ) -> str:
-    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder if it is a checkpoint; 'cifar10' if the file doesn't say."
-    if Path(path).suffix == '.safetensors': return read_weights(path)[1].get('data', {}).get('name', 'cifar10')
+    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder if it is a checkpoint; 'cifar10' if the file doesn't say. ValueError for weights of other data."
+    if Path(path).suffix == '.safetensors':
+        name = read_weights(path)[1].get('data', {}).get('name', 'cifar10')
+        if name not in ('cifar10', 'shapes'): raise ValueError(f'{path} was trained on neither CIFAR-10 nor the shapes: name its data by --data')
+        return name
     data = read_checkpoint(path).get('datamodule_hyper_parameters')
     return str(data.get('data', 'cifar10')) if isinstance(data, dict) else 'cifar10'
 
@@ -129,6 +134,7 @@ def load_trained(
     classifier = Classifier(about['arch'], about['arch_args'], about['num_classes'], about['in_channels'], mirror=about.get('mirror', False))
     classifier.model.load_state_dict(network.state_dict())
     classes = about.get('classes') or [f'class {i}' for i in range(about['num_classes'])]
+    if not are_class_names(classes): raise ValueError(f'{path} is refused: what it names as classes is not a list of names')
     if len(classes) != about['num_classes']: raise ValueError(f'{path} names {len(classes)} classes, and gives {about["num_classes"]} scores')
     return classifier.eval(), tuple(classes)
 
@@ -168,10 +174,7 @@ def plot_history(
 ) -> Figure:
     "Loss and micro F1 of training and validation, epoch by epoch, in two panels. FileNotFoundError if there are no metrics, ValueError for damaged ones."
     path = Path(run)/'metrics.csv' if Path(run).is_dir() else Path(run)
-    try: rows = read_metrics(path)
-    except (ValueError, TypeError) as error: raise ValueError(f'{path} is not the metrics.csv of a run: {error}') from None
-    if rows and (missing := {'epoch', 'train_loss', 'val_loss', 'train_f1', 'val_f1'} - set(rows[0])):
-        raise ValueError(f'{path} is not the metrics.csv of a run: it lacks {", ".join(sorted(missing))}')
+    rows = read_metrics(path)
     if not rows: raise FileNotFoundError(f'{path} is missing or empty: give the folder of a run with at least one epoch')
     epochs, best = [row['epoch'] + 1 for row in rows], min(rows, key=lambda row: row['val_loss'])['epoch'] + 1
     fig, axes = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,11 @@ from PIL import Image
 
 from fishnet_nb.cli import _repeatable, main
 from fishnet_nb.models import load_weights, read_weights, save_weights
-from fishnet_nb.training import read_metrics, read_record
+from fishnet_nb.training import NOT_FINITE, read_metrics, read_record
 
-# a very thin FishNet on a few synthetic shapes
-TINY = ['--data.data=shapes', '--data.batch_size=32', '--data.num_workers=0', '--model.arch_args.widths=[8, 16]', '--model.arch_args.tail=[1, 1]',
-        '--trainer.precision=32-true', '--trainer.limit_val_batches=2', '--trainer.limit_train_batches=5', '--trainer.enable_progress_bar=false']
+import runs
+
+TINY = [*runs.TINY, '--data.num_workers=0', '--trainer.limit_train_batches=5']
 
 
 def command(*args: str, cwd: Path | None = None, **kwargs) -> subprocess.CompletedProcess:
@@ -87,7 +88,7 @@ def test_wrongly_typed(args, message): refused(message, *args)
 
 @pytest.mark.parametrize('args, message', [
     (['fit', 'quik'], 'did you mean'), (['fit', 'none.yaml'], 'none.yaml is missing'), (['fit', 'quick', '--trainer.max_epoch=3'], 'did you mean --trainer.max_epochs?'),
-    (['fit', 'quick', '--nmae', 'x'], 'did you mean --name?'), (['fit', 'quick', '--model.lr=fast'], 'lr'), (['fit', 'quick', '--trainer.accelerator=gpus'], 'gpus'),
+    (['fit', 'quick', '--nmae', 'x'], 'did you mean --name?'), (['test', 'begun'], 'go on by `fishnet-nb fit quick --name begun --resume`'), (['test', ''], 'neither'), (['fit', 'quick', '--model.lr=fast'], 'lr'), (['fit', 'quick', '--trainer.accelerator=gpus'], 'gpus'),
     (['fit', 'quick', '--data.augment=foo'], "'student', 'standard'"), (['fit', 'quick', '--model.arch=fishnet98'], 'did you mean'), (['fit', 'quick', '--name', 'never', '--resume'], 'no run to resume'),
     (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), (['summary', 'fishnet98'], 'fishnet99'), (['summary', 'resnet50', '--k', '2'], 'no argument k'),
     (['summary', 'fishnet99', '--widths', '64', '128', '256', '511'], 'b3'), (['summary', 'fishnet99', '--input-size', '20'], '20'), (['data'], '--download'),
@@ -108,7 +109,7 @@ def make_broken_files(folder: Path) -> None:
     for name in 'garbage.ckpt', 'garbage.safetensors': Path(name).write_bytes(b'garbage')
     Path('broken.yaml').write_text('model: {arch: [')
     record = json.loads((folder/'results'/'tiny'/'record.json').read_text())
-    broken = dict(kept=record, half={'status': 'finished'}, list=[], stopped={**record, 'status': 'interrupted'},
+    broken = dict(kept=record, half={'status': 'finished'}, list=[], stopped={**record, 'status': 'interrupted'}, begun={**record, 'name': 'begun', 'status': 'running'},
                   otherdata={**record, 'data': {**record['data'], 'sha256': '0'*64}})
     for name, content in broken.items(): write_record(folder/'results'/name, json.dumps(content))
     write_record(folder/'results'/'garbage', '{"status": ')
@@ -228,7 +229,7 @@ def test_summary_and_data(inside, capsys):
     assert '17,918,784 parameters; 2.53 GFLOPs' in capsys.readouterr().out
     assert main(['data', '--shapes', '--sheet', 'new/sheet.png']) == 0
     out = capsys.readouterr().out
-    assert '6,000' in out or '5,000' in out
+    assert re.search(r'^all +5,000 +1,000$', out, flags=re.M)
     assert re.search(r'SHA-256 of images and labels: [0-9a-f]{64}\n', out) and Image.open('new/sheet.png').size[0] > 300
     assert main(['data', '--shapes', '--sheet', 'sheet.xyz']) == 2 and not list(inside.glob('*sheet*'))
 
@@ -244,8 +245,31 @@ def test_a_record_is_reproduced(inside, capsys):
     assert 'not reproduced' in found.out and 'note: other was trained on' in found.err
 
 
+def test_a_run_that_stopped_is_reproduced_if_it_stops_again(inside, capsys):
+    record = read_record('tiny')
+    stopped = {key: value for key, value in record.items() if key not in ('test', 'val', 'best_epoch')} | dict(name='stopped', status=NOT_FINITE)
+    write_record(inside/'results'/'finite', json.dumps(stopped))
+    assert main(['reproduce', 'finite']) == 1 and 'not reproduced: the run was stopped' in capsys.readouterr().out
+    write_record(inside/'results'/'infinite', json.dumps(stopped | dict(hparams=record['hparams'] | dict(model=record['hparams']['model'] | dict(lr=1e30)))))
+    assert main(['reproduce', 'infinite']) == 0 and 'reproduced: the loss is no longer finite' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('named', [dict(callbacks='evil.X'), dict(callbacks=[{'class_path': 'evil.X'}]), dict(profiler={'class_path': 'evil.X', 'init_args': {}}), dict(strategy='evil.X'),
+                                   dict(callbacks=[{'class_path': 'pytorch_lightning.callbacks.LambdaCallback', 'init_args': {'on_fit_start': 'evil.x'}}])])
+def test_a_record_brings_no_code(inside, capsys, monkeypatch, named):
+    "`reproduce` imports nothing that a record names, but Lightning's callbacks."
+    Path('evil.py').write_text('open("executed", "w")')
+    monkeypatch.syspath_prepend(inside)
+    record = read_record('tiny')
+    write_record(inside/'results'/'evil', json.dumps(record | dict(hparams=record['hparams'] | dict(trainer=record['hparams']['trainer'] | named))))
+    assert main(['reproduce', 'evil']) == 2 and 'evil is refused: it names evil.' in capsys.readouterr().err
+    assert not Path('executed').exists()
+
+
 def test_all_that_a_record_names_is_repeated():
     record = read_record(Path(__file__).parent.parent/'results'/'quick')
+    saved = dict(default_root_dir='./x.y', logger={'class_path': 'pytorch_lightning.loggers.CSVLogger', 'init_args': {'save_dir': './x.y'}})  # no code
+    assert saved.items() <= _repeatable(record | {'hparams': record['hparams'] | {'trainer': record['hparams']['trainer'] | saved}}, 'quick')[2]['trainer'].items()
     averaged = [{'class_path': 'pytorch_lightning.callbacks.EMAWeightAveraging', 'init_args': {'decay': .9}}]
     hparams = record['hparams'] | {'trainer': record['hparams']['trainer'] | {'callbacks': averaged}}
     assert _repeatable(record | {'hparams': hparams}, 'quick')[2]['trainer']['callbacks'] == averaged
@@ -301,6 +325,17 @@ def test_ctrl_c_before_there_is_anything_to_resume(tmp_path):
 
 
 def test_output_may_be_cut_off():
-    done = subprocess.run(f'{sys.executable} -m fishnet_nb summary fishnet73 | true', shell=True, executable='/bin/bash', text=True, capture_output=True,
-                          env=environment())
+    done = piped('summary fishnet73 | true')
     assert done.returncode == 0 and done.stderr == ''
+
+
+def piped(commands: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    "`python -m fishnet_nb` with that behind it, in a shell that reports its exit code."
+    return subprocess.run(f'set -o pipefail; {sys.executable} -m fishnet_nb {commands}', shell=True, executable='/bin/bash', text=True, capture_output=True, env=environment(), cwd=cwd)
+
+
+def test_run_whose_output_is_cut_off_says_how_to_go_on(work):
+    done = piped(f'fit quick --name cut --trainer.max_epochs=500 {" ".join(map(shlex.quote, TINY))} | head -1', work)
+    assert done.returncode == 130 and done.stdout.startswith('epoch 1/500'), done.stderr
+    assert re.search(r'stopped after \d+ epochs; go on by: fishnet-nb fit quick --name cut --resume\n$', done.stderr)
+    assert read_record(work/'results'/'cut')['status'] == 'interrupted'

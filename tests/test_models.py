@@ -2,12 +2,15 @@
 import os
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.feature_extraction import create_feature_extractor
 
+from fishnet_nb.data import find_data
 from fishnet_nb.models import create_model, pretrained_path, read_weights
 from fishnet_nb.testing import test_run as run_test
 
@@ -19,7 +22,7 @@ def thin(**kwargs) -> nn.Module:
 
 @pytest.mark.parametrize('name', ['fishnet73', 'resnet50'])
 def test_onnx_gives_the_same_scores(tmp_path, name):
-    onnxruntime = pytest.importorskip('onnxruntime')
+    import onnxruntime
     model, images = create_model(name, widths=(8, 16, 32, 64)).eval(), torch.randn(2, 3, 32, 32)
     torch.onnx.export(model, (images,), tmp_path/'fish.onnx', dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
     session = onnxruntime.InferenceSession(tmp_path/'fish.onnx')
@@ -60,10 +63,29 @@ def test_two_ranks_without_unused_parameters(tmp_path):
 
 def test_weights_in_the_package_err_no_more_than_they_say():
     "On real CIFAR-10, whichever is at hand; two points are left to chance, for the bit-exact subset has few images."
-    try: found, _ = run_test()
+    try: find_data()
     except FileNotFoundError: pytest.skip('real CIFAR-10 is not there')
+    found, _ = run_test()
     stated = read_weights(pretrained_path('fishnet73'))[1]['test']
     assert found.top1_error < stated['top1_error'] + .02 and found.top5_error < stated['top5_error'] + .01
+
+
+def test_features_can_be_taken_out_by_torchvision():
+    "By torch.fx, which passes something else than a tensor through the network."
+    model, images = thin().eval(), torch.randn(2, 3, 32, 32)
+    found = create_feature_extractor(model, {'head.stages.h4.refine.down': 'last', 'tail.stages.t2': 't2'})(images)
+    torch.testing.assert_close(found['last'], model.forward_features(images)[-1])
+    torch.testing.assert_close(found['t2'], model.tail.stages['t2'](model.tail.stages['t1'](model.tail.stem(images))))
+
+
+def test_weights_in_the_package_want_their_own_network():
+    "What it was made with may be given again, in a list too, but nothing else, nor a text that looks like it."
+    arch_args = read_weights(pretrained_path('fishnet73'))[1]['arch_args']
+    for widths in (arch_args['widths'], tuple(arch_args['widths']), np.array(arch_args['widths'])): create_model('fishnet73', pretrained=True, **arch_args | dict(widths=widths))
+    for other in dict(widths=(64, 128)), dict(widths='64, 128, 256'), dict(widths=np.array([64, 128, 255])), dict(final_norm='True'), dict(final_norm=False), dict(in_channels=1):
+        with pytest.raises(ValueError, match='the weights of fishnet73 belong to'): create_model('fishnet73', pretrained=True, **other)
+    for name in ('False', '/a/file.safetensors'):
+        with pytest.raises(ValueError, match='pretrained=.*True or False is expected'): create_model('fishnet73', pretrained=name)
 
 
 def test_drawing_leaves_the_model_as_it_is():

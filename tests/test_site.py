@@ -243,9 +243,9 @@ def test_run_all_in_jupyterlab(chromium, lab):
     page = context.new_page()
     page.goto(f'{lab}lab/tree/nbs/05_channels.ipynb?token=t')
     page.locator('.jp-NotebookPanel .jp-Toolbar-kernelName', has_text='Python').wait_for(timeout=60_000)
-    page.locator('.jp-DirListing-itemText', has_text='10_speed').wait_for(timeout=60_000)
+    page.locator('.jp-DirListing-itemText', has_text='11_versatility').wait_for(timeout=60_000)
     listed = [name for name in page.locator('.jp-DirListing-itemText').all_inner_texts() if re.match(r'\d.*(?<!_ko)\.ipynb$', name)]
-    assert listed == sorted(listed) and listed[0] == '00_review.ipynb' and listed[-1] == '10_speed.ipynb'
+    assert listed == sorted(listed) and listed[0] == '00_review.ipynb' and listed[-1] == '11_versatility.ipynb'
     page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=60_000)  # the kernel has started
     page.locator('.lm-MenuBar-itemLabel', has_text='Run').click()
     page.locator('.lm-Menu-itemLabel', has_text=re.compile('^Run All Cells$')).click()

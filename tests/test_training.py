@@ -2,18 +2,24 @@
 import json
 import os
 import pickle
+import shutil
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from fishnet_nb.testing import test_run as run_test
-from fishnet_nb.training import Classifier, MovableCheckpoint, RunRecorder, _callbacks, _parse, fit, list_recipes, load_classifier, quiet_lightning, read_checkpoint, read_metrics, read_record, recipe_path
+from fishnet_nb import training
+from fishnet_nb.shapes import write_shapes
+from fishnet_nb.training import (Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, fit, list_recipes, load_classifier, quiet_lightning,
+                                 read_checkpoint, read_metrics, read_record, recipe_path, run_folder)
 
 from runs import TINY, figures, finish, Run, start, wait_for_epochs
 
@@ -26,24 +32,32 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def test_killed_and_resumed_run_equals_one_that_was_not(work):
-    args = [*TINY, '--trainer.max_epochs=4', '--trainer.limit_train_batches=20', '--data.on_device=true', '--data.augment=standard', '--data.cutout_px=8',
+AVERAGED = [*TINY, '--trainer.max_epochs=4', '--trainer.limit_train_batches=20', '--data.on_device=true', '--data.augment=standard', '--data.cutout_px=8',
             '--model.mirror=true', '--trainer.callbacks=pytorch_lightning.callbacks.EMAWeightAveraging', '--trainer.callbacks.decay=0.9']
-    finish(Run(work, '--name=straight', *args))
+
+
+@pytest.fixture(scope='module')
+def straight(work) -> Path:
+    "The folder of a run that nothing stopped, with averaged weights."
+    finish(Run(work, '--name=straight', *AVERAGED))
+    return work/'results'/'straight'
+
+
+def test_killed_and_resumed_run_equals_one_that_was_not(work, straight):
     for name, stop in ('killed', signal.SIGKILL), ('terminated', signal.SIGTERM), ('interrupted', signal.SIGINT):
-        process = Run(work, f'--name={name}', *args)
+        process = Run(work, f'--name={name}', *AVERAGED)
         wait_for_epochs(process, work/'results'/name, 2)
         process.send_signal(stop)
         process.communicate(timeout=60)
         assert process.returncode != 0 and len(figures(work/'results'/name)) < 4
         finish(Run(work, f'--name={name}', '--resume'))
-        assert figures(work/'results'/name) == figures(work/'results'/'straight')
-        assert read_record(work/'results'/name)['test'] == read_record(work/'results'/'straight')['test']
+        assert figures(work/'results'/name) == figures(straight)
+        assert read_record(work/'results'/name)['test'] == read_record(straight)['test']
 
 
-def test_run_killed_in_its_test_is_tested_when_resumed(work):
+def test_run_killed_in_its_test_is_tested_when_resumed(work, straight):
     "All its epochs are done, and only the record is missing; that it was moved meanwhile makes no difference. Then nothing is left to do, and nothing is changed."
-    folder = (work/'results'/'straight').rename(work/'results'/'moved')
+    folder = Path(shutil.copytree(straight, work/'results'/'moved'))
     before, stated = figures(folder), read_record(folder)
     (folder/'record.json').unlink()
     finish(Run(work, '--name=moved', '--resume'))
@@ -56,12 +70,12 @@ def test_run_killed_in_its_test_is_tested_when_resumed(work):
     assert files == {path: path.read_bytes() for path in folder.glob('**/*.*')}
 
 
-def test_averaged_weights_are_those_that_are_tested(work, monkeypatch):
+def test_averaged_weights_are_those_that_are_tested(work, straight, monkeypatch):
     "The test at the end of a run with averaged weights has them, as its best checkpoint has."
     monkeypatch.chdir(work)
-    stated, found = read_record('moved'), run_test('moved')[0]
+    stated, found = read_record(straight), run_test('straight')[0]
     assert (found.top1_error, found.top5_error) == pytest.approx((stated['test']['top1_error'], stated['test']['top5_error']))
-    content = read_checkpoint(work/'results'/'moved'/'checkpoints'/'best.ckpt')
+    content = read_checkpoint(straight/'checkpoints'/'best.ckpt')
     assert content['epoch'] == stated['best_epoch']
     assert any(not torch.equal(tensor, content['current_model_state'][name]) for name, tensor in content['state_dict'].items())
 
@@ -100,7 +114,7 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
     monkeypatch.chdir(work)
     with pytest.raises(FloatingPointError, match='no longer finite.*lower the learning rate'):
         fit('quick', [*TINY, '--trainer.max_epochs=3', '--trainer.limit_train_batches=5', '--model.lr=1e30', '--model.arch_args.final_norm=false'], name='nan')
-    assert 'not' in (status := read_record('nan')['status']) or 'no longer' in status
+    assert read_record('nan')['status'] == NOT_FINITE
     assert not (work/'results'/'nan'/'checkpoints'/'best.ckpt').exists()
 
 
@@ -108,11 +122,38 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
     (['--trainer.max_epoch=3'], 'max_epoch'), (['--model.lr=fast'], 'lr'), (['--model.optimizer=lion'], "allowed are 'adam', 'sgd'"),
     (['--model.arch=fishnet98'], "did you mean 'fishnet99'"), (['--data.val_fraction=0'], 'val_fraction'), (['--trainer.check_val_every_n_epoch=2'], 'check_val_every_n_epoch'),
     (['--model.arch_args.preact=maybe'], 'preact'), (['--model.arch_args.num_classes=5'], 'arch_args has no num_classes'), (['--trainer.max_epochs=-1'], 'max_epochs'),
+    (['--trainer.max_steps=4'], 'max_steps'), (['--trainer.max_time=00:00:01:00'], 'max_time'), (['--trainer.barebones=true'], 'barebones'),
+    (['--trainer.limit_test_batches=0'], 'limit_test_batches'), (['--model.in_channels=1'], 'the images have 3 channels'), (['--model.label_smoothing=2'], 'label_smoothing=2'),
     (['--trainer.limit_val_batches=0'], 'limit_val_batches'), (['--trainer.fast_dev_run=true'], 'fast_dev_run'), (['--trainer.max_epochs=0'], 'max_epochs')])
 def test_wrong_argument_is_named(work, monkeypatch, args, message):
     monkeypatch.chdir(work)
     with pytest.raises(ValueError, match=message): fit('quick', [*TINY, *args], name='wrong')
     assert not (work/'results'/'wrong').exists()
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', 'x/..'])
+def test_a_run_has_a_name(work, monkeypatch, name):
+    monkeypatch.chdir(work)
+    with pytest.raises(ValueError, match='not a name for a run'): fit('quick', TINY, name=name)
+
+
+def test_sanity_check_before_the_training_does_no_harm(work, monkeypatch):
+    monkeypatch.chdir(work)
+    folder = fit('quick', [*TINY, '--trainer.num_sanity_val_steps=1', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1'], name='sane')
+    assert read_record(folder)['status'] == 'finished' and len(read_metrics(folder/'metrics.csv')) == 1
+
+
+def test_network_is_on_its_device_before_an_average_of_it_is_begun(work, monkeypatch):
+    "Lightning's WeightAveraging keeps the average where the network is then, and would keep a GPU's on the CPU."
+    called = []
+    def note(cls, name):
+        original = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, *args, **kwargs: (called.append((cls.__name__, args[0])), original(self, *args, **kwargs))[1])
+    note(Classifier, 'to'), note(EMAWeightAveraging, 'setup')
+    monkeypatch.chdir(work)
+    fit('quick', [*TINY, '--trainer.callbacks=pytorch_lightning.callbacks.EMAWeightAveraging', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--trainer.accelerator=cpu'], name='placed')
+    names = [name for name, _ in called]
+    assert 'Classifier' in names[:names.index('EMAWeightAveraging')] and called[0][1] == torch.device('cpu')
 
 
 @pytest.mark.parametrize('given, preact', [('false', False), ('False', False), ('no', False), ('true', True)])
@@ -147,7 +188,7 @@ def test_a_trained_network_can_be_trained_anew_for_longer(tmp_path):
 
 def test_only_runs_with_the_step_schedule_are_stopped_early(tmp_path):
     "One-cycle gains most at its end, and may gain nothing for long before."
-    stopped = {schedule: any(isinstance(callback, EarlyStopping) for callback in _callbacks(tmp_path, None, schedule)) for schedule in ('step', 'onecycle')}
+    stopped = {schedule: any(isinstance(callback, EarlyStopping) for callback in _callbacks(tmp_path, schedule)) for schedule in ('step', 'onecycle')}
     assert stopped == dict(step=True, onecycle=False)
 
 
@@ -161,9 +202,55 @@ def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatc
     with pytest.raises(ValueError, match='the checkpoint is of a fishnet73 with .*, and this network is a resnet50'):
         fit('quick', ['--model.arch=resnet50', '--model.arch_args={"widths": [8, 16], "tail": [1, 1]}'], name='twice', resume=True)
     with pytest.raises(ValueError, match='a run of the recipe quick, not of cpu'): fit('cpu', name='twice', resume=True)
+    last = work/'results'/'twice'/'checkpoints'/'last.ckpt'
+    whole = last.read_bytes()
+    for raw in (b'', b'garbage', whole[:1000]):
+        last.write_bytes(raw)
+        with pytest.raises(ValueError, match='last.ckpt is (damaged|refused)') as told: fit('quick', name='twice', resume=True)
+        assert 'weights_only' not in str(told.value)
+    last.write_bytes(whole)
     (work/'results'/'twice'/'checkpoints'/'last.ckpt').unlink()
     with pytest.raises(FileNotFoundError, match='last.ckpt is missing, so this run can\'t go on'): fit('quick', name='twice', resume=True)
     assert files == {path: path.read_bytes() for path in (work/'results'/'twice').glob('*.*')}
+
+
+def test_run_does_not_go_on_with_other_data(work, tmp_path, monkeypatch):
+    "Its record names one, and would claim all epochs for it."
+    monkeypatch.chdir(work)
+    args = [f'--data.data={tmp_path/"own"}', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--model.schedule=step']
+    write_shapes(tmp_path/'own', 400, 40, seed=1)
+    with quiet_lightning(): folder = fit('quick', [*TINY, *args], name='own')
+    assert read_record(folder)['data']['name'] == 'own'  # not the library's shapes, on which its weights would be tested
+    files = {path: path.read_bytes() for path in folder.glob('**/*.*')}
+    shutil.rmtree(tmp_path/'own')
+    write_shapes(tmp_path/'own', 400, 40, seed=2)
+    with pytest.raises(ValueError, match='run on other data, of SHA-256 .* train without --resume'): fit('quick', ['--trainer.max_epochs=2'], name='own', resume=True)
+    assert files == {path: path.read_bytes() for path in folder.glob('**/*.*')}
+
+
+def test_runs_that_start_at_once_have_a_folder_each(tmp_path):
+    barrier, found = threading.Barrier(8), []
+    def begin():
+        barrier.wait()
+        found.append(run_folder(tmp_path, 'quick', resume=False))
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(set(found)) == 8 and all(folder.is_dir() for folder in found)
+
+
+def test_commit_is_the_librarys_own(tmp_path, monkeypatch):
+    "Not that of a checkout in which it was merely installed."
+    git = ['git', '-C', tmp_path, '-c', 'user.name=x', '-c', 'user.email=x@example.org']
+    for args in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'other']): subprocess.run([*git, *args], check=True)
+    (tmp_path/'__init__.py').touch()
+    monkeypatch.setattr(training, 'files', lambda name: tmp_path)
+    assert code_commit() is None
+    for args in (['add', '-A'], ['commit', '-q', '-m', 'its own']): subprocess.run([*git, *args], check=True)
+    head = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], check=True, capture_output=True, text=True).stdout.strip()
+    assert code_commit() == head
+    (tmp_path/'__init__.py').write_text('changed = True\n')
+    assert code_commit() == head + '+changes'
 
 
 class Runs:
@@ -172,9 +259,9 @@ class Runs:
     def __reduce__(self): return os.system, (f'touch {self.target}',)
 
 
-def test_hostile_checkpoints_are_refused_and_execute_nothing(tmp_path, work):
+def test_hostile_checkpoints_are_refused_and_execute_nothing(tmp_path, straight):
     trap, path = tmp_path/'executed', tmp_path/'bad.ckpt'
-    good = torch.load(found := next(work.glob('results/*/checkpoints/best.ckpt')), weights_only=True)
+    good = torch.load(found := straight/'checkpoints'/'best.ckpt', weights_only=True)
     Classifier.load_from_checkpoint(found, map_location='cpu', weights_only=True)  # Lightning's way, without a trainer
     assert '_instantiator' not in good['hyper_parameters']
     hostile = [{**good, 'state_dict': Runs(trap)}, Runs(trap), {**good, 'hyper_parameters': {**good['hyper_parameters'], '_instantiator': 'os.system'}},
@@ -183,7 +270,7 @@ def test_hostile_checkpoints_are_refused_and_execute_nothing(tmp_path, work):
     for content in hostile:
         torch.save(content, path)
         with pytest.raises(ValueError, match='bad.ckpt'): load_classifier(path)
-    for raw in (b'', b'no checkpoint', pickle.dumps(Runs(trap)), path.read_bytes()[:100]):
+    for raw in (b'', b'no checkpoint', b'a: 1\n', b'epoch,lr\n', pickle.dumps(Runs(trap)), path.read_bytes()[:100]):
         path.write_bytes(raw)
         with pytest.raises(ValueError, match='bad.ckpt'): load_classifier(path)
     assert not trap.exists()
@@ -195,7 +282,10 @@ def test_full_disk_is_said_and_leaves_the_checkpoint(tmp_path, monkeypatch):
     io.save_checkpoint({'state_dict': {'w': torch.ones(3)}}, path)
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(OSError, match='No space left on device.*previous checkpoint is intact'): io.save_checkpoint({}, path)
+    with pytest.raises(OSError, match='No space left on device.*what was written before is intact'): io.save_checkpoint({}, path)
+    def broken(*args, **kwargs): raise RuntimeError('CUDA error: an illegal memory access was encountered')
+    monkeypatch.setattr(torch, 'save', broken)
+    with pytest.raises(RuntimeError, match='CUDA error'): io.save_checkpoint({}, path)  # not said to be the disk's
     assert torch.load(path)['state_dict']['w'].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ['last.ckpt']
 
 
