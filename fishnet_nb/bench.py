@@ -164,7 +164,7 @@ def bench(
     "Images per second in training and inference, against the baseline, and of the input; device, peak, memory, versions. ValueError for widths that don't fit. Takes minutes."
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = torch.bfloat16 if has_fast_bf16(device.type) else torch.float32
-    models = [_scaled(arch, arch_args or {}, factor) for factor in width_factors]
+    models, batch_sizes = [_scaled(arch, arch_args or {}, factor) for factor in dict.fromkeys(width_factors)], list(dict.fromkeys(batch_sizes))
     sizes = [_size(arch, args) for args in models]
     record = dict(arch=arch, arch_args=arch_args or {}, sizes=sizes, device=device_name(device), peak_dtype=str(dtype).removeprefix('torch.'),
                   peak_flops=round(matrix_peak(device, dtype)), input=input_rates(min(512, max(batch_sizes)), device), commit=code_commit(), versions=package_versions(),

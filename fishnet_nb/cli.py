@@ -9,13 +9,14 @@ __all__ = ['make_parser', 'main']
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
@@ -70,8 +71,8 @@ def _run_fit(args: argparse.Namespace) -> int:
     """Train by a recipe, test the best epoch, and leave a record in results/. Anything in the recipe can be changed: --model.… for the network and
     its optimiser, --data.… for the images, --trainer.… for what Lightning's Trainer takes."""
     from pytorch_lightning.utilities import rank_zero_only
-    from fishnet_nb.training import fit
-    with _resumable(args.recipe, Path('results')/(args.name or Path(args.recipe).stem) if args.resume else None):
+    from fishnet_nb.training import fit, recipe_name
+    with _resumable(args.recipe, Path('results')/(args.name or recipe_name(args.recipe)) if args.resume else None):
         try: folder = fit(args.recipe, args.changes, args.name, args.resume)
         except ValueError as error: raise ValueError(f'{error}{_near_change(args.changes, str(error))}') from error
     if not rank_zero_only.rank: print(_outcome(folder))
@@ -82,7 +83,9 @@ def _resumable(recipe: str, earlier: Path | None = None) -> Iterator[None]:
     "Says how to go on, should the run be stopped: one of that recipe, or an earlier one that was to go on."
     try: yield
     except KeyboardInterrupt as error:
+        from pytorch_lightning.utilities import rank_zero_only
         if isinstance(error.__cause__, BrokenPipeError): _drop_output()
+        if rank_zero_only.rank: raise  # the first rank knows the folder
         folder = getattr(error, 'folder', earlier)
         how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(os.path.relpath(folder, "results"))} --resume' if folder else 'nothing was trained yet'
         raise KeyboardInterrupt(f'{str(error) or "stopped"}; {how}') from None
@@ -106,9 +109,10 @@ def _near_change(
     if 'unrecognized' not in message: return ''
     wrong = next((change.split('=')[0] for change in changes if change.startswith('--') and change.split('=')[0] in message), '')
     part, _, name = wrong.partition('.')
-    made = {'--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}.get(part)
-    if not made or not name: return _near(wrong, ['--name', '--resume', '--seed_everything']) if wrong else ''
-    near = get_close_matches(name, inspect.signature(made).parameters, n=1)
+    made = {'--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}
+    if not name: return _near(wrong, ['--name', '--resume', '--seed_everything']) if wrong else ''
+    part = part if part in made else next(iter(get_close_matches(part, made, n=1)), None)
+    near = get_close_matches(name, inspect.signature(made[part]).parameters, n=1) if part and '.' not in name else []
     return f'; did you mean {part}.{near[0]}?' if near else ''
 
 # %% ../nbs/cli.ipynb #4701cd19
@@ -300,7 +304,7 @@ def _run_reproduce(args: argparse.Namespace) -> int:
         try: folder = fit(str(path), name=f'{name}-reproduced')
         except FloatingPointError as error:
             if stated['status'] != NOT_FINITE: raise
-            print(f'reproduced: {error}')
+            if not rank_zero_only.rank: print(f'reproduced: {error}')
             return 0
     if rank_zero_only.rank: return 0
     if stated['status'] == NOT_FINITE:
@@ -328,6 +332,8 @@ def _repeatable(
     given: str,  # for the message
 ) -> tuple[str, str, dict]:
     "Name and recipe of a record, and the recipe with the run's hyperparameters. ValueError for a run without a result, for foreign code, or for what is no record."
+    import inspect
+    from pytorch_lightning import Trainer
     from fishnet_nb.training import NOT_FINITE
     try:
         if record['status'] not in ('finished', NOT_FINITE): raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
@@ -338,21 +344,19 @@ def _repeatable(
                   'data': {key: value for key, value in hparams['data'].items() if key != 'seed'} | {'augment': augment},  # follows from the seed of all
                   'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and (key, value) != ('enable_progress_bar', True)}}  # a terminal's
         if record['status'] == 'finished' and not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
-        foreign = [text for key in ('accelerator', 'callbacks', 'logger', 'plugins', 'profiler', 'strategy') for text in _texts(config['trainer'].get(key)) if _is_foreign(text)]
-        if foreign: raise ValueError(f'{given} is refused: it names {", ".join(foreign)}, which would be imported; if you trust it, train by a recipe of your own that names it')
+        foreign = [str(key) for key in set(config['trainer']) - set(inspect.signature(Trainer).parameters)]
+        for key in 'accelerator', 'callbacks', 'logger', 'plugins', 'profiler', 'strategy': foreign += _foreign(config['trainer'].get(key))
+        if foreign: raise ValueError(f'{given} is refused: it names {", ".join(foreign)}, by which code could be imported; if you trust it, train by a recipe of your own that names it')
         return Path(record['name']).name, Path(record['recipe']).name, config
     except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type') from None
 
-def _texts(value: object) -> list[str]:
-    "All texts in nested dicts and lists, but for the keys."
-    if isinstance(value, dict): value = list(value.values())
-    if isinstance(value, list): return [text for part in value for text in _texts(part)]
-    return [value] if isinstance(value, str) else []
-
-def _is_foreign(text: str) -> bool:
-    "Whether it names something to import, and not from Lightning."
-    parts = text.split('.')
-    return len(parts) > 1 and all(part.isidentifier() for part in parts) and parts[0] != 'pytorch_lightning'
+def _foreign(value: object) -> list[str]:
+    "Texts in an argument of the trainer that might name something to import: all but words and folders, and Lightning's own classes."
+    if isinstance(value, list): return [text for part in value for text in _foreign(part)]
+    if isinstance(value, dict):
+        own = re.fullmatch(r'pytorch_lightning(\.\w+)+', str(value.get('class_path', '')))
+        return [text for key, part in value.items() if not (own and key == 'class_path') for text in _foreign(part)]
+    return [value] if isinstance(value, str) and not re.fullmatch(r'[\w/-]*', value) else []
 
 def _check_data(
     stated: dict,  # the record
@@ -518,7 +522,7 @@ def main(
             sys.stdout.flush()
             return code
         except KeyboardInterrupt as error:
-            print(f'\n{_one_line(error) if error.args else "stopped"}', file=sys.stderr)
+            with suppress(BrokenPipeError): print(f'\n{_one_line(error) if error.args else "stopped"}', file=sys.stderr, flush=True)
             return 130
         except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
             _drop_output()

@@ -10,6 +10,7 @@ __all__ = ['top_k_errors', 'Evaluation', 'evaluate', 'find_checkpoint', 'best_de
 # %% ../nbs/08_testing.ipynb #b66b4116
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,9 +74,11 @@ def find_checkpoint(
     folders = [Path(run), Path(root)/run]
     path = next((path for path in (Path(run), *(folder/'checkpoints'/'best.ckpt' for folder in folders)) if path.is_file()), None)
     if path is not None: return path
-    if any((folder/'record.json').is_file() for folder in folders):
-        record = read_record(run, root)
-        if record['status'] in UNFINISHED: raise FileNotFoundError(f'{run!s} has no checkpoints/best.ckpt, since it was stopped before its first epoch was done: go on by `fishnet-nb fit {record["recipe"]} --name {record["name"]} --resume`')
+    for folder in folders:
+        if not (folder/'record.json').is_file(): continue
+        record = read_record(folder)
+        if record['status'] in UNFINISHED and not read_metrics(folder/'metrics.csv'):
+            raise FileNotFoundError(f'{run!s} has no checkpoint yet, since its first epoch is not done: go on by `fishnet-nb fit {record["recipe"]} --name {os.path.relpath(folder, root)} --resume`')
         raise FileNotFoundError(f'{run!s} is a record without checkpoints/best.ckpt, since records are kept without their checkpoints: '
                                 f'train again, by `fishnet-nb reproduce {run!s}`, or name another run')
     known = sorted(path.parent.parent.name for path in Path(root).glob('*/checkpoints/best.ckpt'))

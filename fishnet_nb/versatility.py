@@ -48,7 +48,7 @@ class ThreeHeads(nn.Module):
         self.last = activated(channels[-1])
         self.image = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
         self.region = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16*channels[-1], 4))
-        nn.init.zeros_(self.region[-1].weight)  # the first box is the middle of the image
+        nn.init.zeros_(self.region[-1].weight)  # the first box is that of no image, near the middle
         self.pixel = nn.ModuleList(nn.Sequential(activated(channels[i]), nn.Conv2d(channels[i], 1 + num_classes, 1)) for i in self.used)
 
     def forward(self, x: Tensor) -> Outputs:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from fishnet_nb.testing import test_run as run_test
@@ -143,19 +143,6 @@ def test_sanity_check_before_the_training_does_no_harm(work, monkeypatch):
     assert read_record(folder)['status'] == 'finished' and len(read_metrics(folder/'metrics.csv')) == 1
 
 
-def test_network_is_on_its_device_before_an_average_of_it_is_begun(work, monkeypatch):
-    "Lightning's WeightAveraging keeps the average where the network is then, and would keep a GPU's on the CPU."
-    called = []
-    def note(cls, name):
-        original = getattr(cls, name)
-        monkeypatch.setattr(cls, name, lambda self, *args, **kwargs: (called.append((cls.__name__, args[0])), original(self, *args, **kwargs))[1])
-    note(Classifier, 'to'), note(EMAWeightAveraging, 'setup')
-    monkeypatch.chdir(work)
-    fit('quick', [*TINY, '--trainer.callbacks=pytorch_lightning.callbacks.EMAWeightAveraging', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--trainer.accelerator=cpu'], name='placed')
-    names = [name for name, _ in called]
-    assert 'Classifier' in names[:names.index('EMAWeightAveraging')] and called[0][1] == torch.device('cpu')
-
-
 @pytest.mark.parametrize('given, preact', [('false', False), ('False', False), ('no', False), ('true', True)])
 def test_switches_of_the_network_are_read_as_such(work, monkeypatch, given, preact):
     "Not as texts, each of which would count as True; nor numbers as texts."
@@ -188,7 +175,7 @@ def test_a_trained_network_can_be_trained_anew_for_longer(tmp_path):
 
 def test_only_runs_with_the_step_schedule_are_stopped_early(tmp_path):
     "One-cycle gains most at its end, and may gain nothing for long before."
-    stopped = {schedule: any(isinstance(callback, EarlyStopping) for callback in _callbacks(tmp_path, schedule)) for schedule in ('step', 'onecycle')}
+    stopped = {schedule: any(isinstance(callback, EarlyStopping) for callback in _callbacks(tmp_path, None, schedule)) for schedule in ('step', 'onecycle')}
     assert stopped == dict(step=True, onecycle=False)
 
 
