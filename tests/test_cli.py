@@ -16,6 +16,7 @@ from PIL import Image
 
 from fishnet_nb.cli import _repeatable, main
 from fishnet_nb.models import load_weights, read_weights, save_weights
+from fishnet_nb.shapes import write_shapes
 from fishnet_nb.training import NOT_FINITE, read_metrics, read_record
 
 import runs
@@ -232,6 +233,14 @@ def test_summary_and_data(inside, capsys):
     assert re.search(r'^all +5,000 +1,000$', out, flags=re.M)
     assert re.search(r'SHA-256 of images and labels: [0-9a-f]{64}\n', out) and Image.open('new/sheet.png').size[0] > 300
     assert main(['data', '--shapes', '--sheet', 'sheet.xyz']) == 2 and not list(inside.glob('*sheet*'))
+
+
+def test_download_says_that_other_commands_read_other_data(inside, capsys, monkeypatch):
+    monkeypatch.setattr('fishnet_nb.data.download_cifar', lambda root: write_shapes(inside/'fetched', 100, 20))
+    assert main(['data', '--download', '--sheet', 'fetched.png']) == 0 and 'FISHNET_DATA' not in capsys.readouterr().out
+    shutil.rmtree(inside/'fetched')
+    monkeypatch.setenv('FISHNET_DATA', 'elsewhere')
+    assert main(['data', '--download', '--sheet', 'fetched.png']) == 0 and 'FISHNET_DATA is set to elsewhere' in capsys.readouterr().out
 
 
 def test_a_record_is_reproduced(inside, capsys):
