@@ -132,7 +132,8 @@ def run_contender(
     steps: int = 1500,  # of the optimiser
     root: str | Path = 'results/versatility',  # where the record goes
 ) -> Path:  # the record
-    "Train a network with three heads on a CPU, test it, and write name-seed-….json. KeyError for an unknown name."
+    "Train a network with three heads on a CPU, test it, and write name-seed-….json. ValueError for an unknown name."
+    if name not in CONTENDERS: raise ValueError(f'{name!r} is unknown: there are {", ".join(CONTENDERS)}')
     arch, arch_args, pixels = CONTENDERS[name]
     training, test = to_batch(make_shapes(5000, TRAINING_SEED)), to_batch(make_shapes(2000, TEST_SEED))
     torch.manual_seed(seed)
