@@ -100,19 +100,17 @@ def train_heads(
     batch: Batch,  # all training images
     steps: int,  # of the optimiser
     seed: int,  # of the order
-    batch_size: int = 50,  # images of a step
-    lr: float = 1e-2,  # highest learning rate
 ) -> None:
-    "Train backbone and heads together, by AdamW with a one-cycle schedule, in bfloat16 where that is fast."
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    generator, n = torch.Generator().manual_seed(seed), len(batch.labels)
+    "Train backbone and heads together on a CPU, 50 images a step, by AdamW with a one-cycle schedule up to 0.01, in bfloat16 where that is fast."
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
+    generator, n, batch_size, is_fast = torch.Generator().manual_seed(seed), len(batch.labels), 50, has_fast_bf16('cpu')
     rows = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-steps*batch_size//n))])
     model.train()
     for chosen in rows[:steps*batch_size].split(batch_size):
         part = Batch(*(field[chosen] for field in batch))
         optimizer.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16, enabled=has_fast_bf16('cpu')): out = model(part.images)
+        with torch.autocast('cpu', torch.bfloat16, enabled=is_fast): out = model(part.images)
         three_losses(Outputs(*(field.float() for field in out)), part).backward()
         optimizer.step()
         schedule.step()

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fishnet_nb.data import find_data
-from fishnet_nb.models import create_model, pretrained_path, read_weights
-from fishnet_nb.testing import test_run as run_test
+from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights, save_weights
+from fishnet_nb.testing import load_trained, test_run as run_test
 
 
 def thin(**kwargs) -> nn.Module:
@@ -76,6 +76,17 @@ def test_features_can_be_taken_out_by_torchvision():
     found = create_feature_extractor(model, {'head.stages.h4.refine.down': 'last', 'tail.stages.t2': 't2'})(images)
     torch.testing.assert_close(found['last'], model.forward_features(images)[-1])
     torch.testing.assert_close(found['t2'], model.tail.stages['t2'](model.tail.stages['t1'](model.tail.stem(images))))
+
+
+def test_weights_that_name_no_classes_rightly_are_refused(tmp_path):
+    "Names go to the terminal; a file without the number of classes still gives a backbone."
+    about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1]), num_classes=2, in_channels=3)
+    model = create_model('fishnet73', 2, widths=(8, 16), tail=(1, 1))
+    for classes in (['cat', '\x1b]0;title\x07'], 5, 'ab', [1, 2]):
+        save_weights(model, tmp_path/'bad.safetensors', about | dict(classes=classes))
+        with pytest.raises(ValueError, match='bad.safetensors is refused: what it names as classes'): load_trained(tmp_path/'bad.safetensors')
+    save_weights(model, tmp_path/'bare.safetensors', {key: value for key, value in about.items() if key != 'num_classes'})
+    assert load_weights(tmp_path/'bare.safetensors', 7)(torch.randn(1, 3, 8, 8)).shape == (1, 7)
 
 
 def test_weights_in_the_package_want_their_own_network():

@@ -215,6 +215,19 @@ def test_run_does_not_go_on_with_other_data(work, tmp_path, monkeypatch):
     assert files == {path: path.read_bytes() for path in folder.glob('**/*.*')}
 
 
+def test_own_recipe_goes_on_without_its_record(work, monkeypatch):
+    "As after a kill before there was one; a recipe of another name is not taken for it."
+    monkeypatch.chdir(work)
+    Path('v1.2.yaml').write_text(recipe_path('quick').read_text())
+    args = [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--model.schedule=step']
+    folder = fit('v1.2.yaml', args)
+    assert folder.name == read_record(folder)['recipe'] == 'v1.2'
+    (folder/'record.json').unlink()
+    assert fit('v1.2.yaml', ['--trainer.max_epochs=2'], resume=True) == folder
+    assert read_record(folder)['recipe'] == 'v1.2' and len(read_metrics(folder/'metrics.csv')) == 2
+    assert fit('v1.2', ['--trainer.max_epochs=3'], resume=True) == folder  # its record knows it
+
+
 def test_runs_that_start_at_once_have_a_folder_each(tmp_path):
     barrier, found = threading.Barrier(8), []
     def begin():
