@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn, Tensor
 
-from .blocks import DownRefine, UpRefine, bottleneck_body, make_layer
+from .blocks import Bottleneck, DownRefine, UpRefine, bottleneck_body, make_layer
 
 # %% ../nbs/04_body_head.ipynb #37a5b31e
 class Stage(nn.Module):
@@ -22,10 +22,11 @@ class Stage(nn.Module):
         n_blocks: int,  # regular blocks
         dilation: int = 1,  # dilation of the first regular block
         preact: bool = True,  # pre- or post-activation
+        transfer_shortcut: bool = False,  # T has a shortcut
     ):
         super().__init__()
         self.regular = make_layer(in_channels, in_channels, n_blocks, dilation, preact)
-        self.transfer = bottleneck_body(transferred, transferred, preact=preact)
+        self.transfer = (Bottleneck if transfer_shortcut else bottleneck_body)(transferred, transferred, preact=preact)
 
     def join(self,
         x: Tensor,  # [N, in_channels, H, W]
@@ -44,8 +45,9 @@ class BodyStage(Stage):
         k: int = 2,  # by how much the channels shrink
         dilation: int = 1,  # dilation of the first regular block
         preact: bool = True,  # pre- or post-activation
+        transfer_shortcut: bool = False,  # T has a shortcut
     ):
-        super().__init__(in_channels, transferred, n_blocks, dilation, preact)
+        super().__init__(in_channels, transferred, n_blocks, dilation, preact, transfer_shortcut)
         self.refine = UpRefine(in_channels + transferred, k, preact)
 
     def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +63,9 @@ class HeadStage(Stage):
         n_blocks: int = 1,  # regular blocks
         preact: bool = True,  # pre- or post-activation
         is_last: bool = False,  # the last stage doesn't pool
+        transfer_shortcut: bool = False,  # T has a shortcut
     ):
-        super().__init__(in_channels, transferred, n_blocks, preact=preact)
+        super().__init__(in_channels, transferred, n_blocks, preact=preact, transfer_shortcut=transfer_shortcut)
         self.refine = DownRefine(in_channels + transferred, preact, is_last)
 
     def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,10 +80,11 @@ class Body(nn.Module):
         depths: Sequence[int],  # regular blocks of each stage
         k: int = 2,  # by how much the channels shrink in each stage
         preact: bool = True,  # pre- or post-activation
+        transfer_shortcut: bool = False,  # T has a shortcut
     ):
         super().__init__()
         self.stages = nn.ModuleDict({
-            f'b{len(depths) + 1 - i}': BodyStage(carried[i], transferred[i], depths[i], k, dilation=2**i, preact=preact)
+            f'b{len(depths) + 1 - i}': BodyStage(carried[i], transferred[i], depths[i], k, dilation=2**i, preact=preact, transfer_shortcut=transfer_shortcut)
             for i in range(len(depths))})
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -99,10 +103,11 @@ class Head(nn.Module):
         transferred: Sequence[int],  # channels of the other feature into each stage
         depths: Sequence[int],  # regular blocks of each stage
         preact: bool = True,  # pre- or post-activation
+        transfer_shortcut: bool = False,  # T has a shortcut
     ):
         super().__init__()
         n = len(depths)
-        self.stages = nn.ModuleDict({f'h{i+1}': HeadStage(carried[i], transferred[i], depths[i], preact, is_last=i == n-1)
+        self.stages = nn.ModuleDict({f'h{i+1}': HeadStage(carried[i], transferred[i], depths[i], preact, is_last=i == n-1, transfer_shortcut=transfer_shortcut)
                                      for i in range(n)})
 
     def forward(self,

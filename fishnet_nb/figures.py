@@ -176,7 +176,7 @@ def _draw_legend(ax: Axes, y: float) -> None:
 
 # %% ../nbs/00_review.ipynb #60fb3646
 def draw_stage(
-    stage: BodyStage | HeadStage,  # of body or head, in the pre-activation form
+    stage: BodyStage | HeadStage,  # of body or head
     side: int,  # side of the features that come in, px
 ) -> Figure:
     "What happens in a stage of body or head, with the shape of each feature: eqs. (4) to (7), or (9), of Sun et al. 2018. The thick line has no weights."
@@ -214,7 +214,7 @@ def _ends(start: _Step, end: _Step) -> tuple[tuple[float, float], tuple[float, f
 
 def _shapes_in_stage(stage: BodyStage | HeadStage, side: int) -> dict[str, str]:
     "The shape of each feature in a stage, by computing it."
-    x, other = (torch.zeros(1, body[0].num_features, side, side) for body in (stage.regular[0].body, stage.transfer))
+    x, other = (torch.zeros(1, next(m.in_channels for m in part.modules() if isinstance(m, nn.Conv2d)), side, side) for part in (stage.regular, stage.transfer))
     with torch.no_grad():
         stage = deepcopy(stage).eval()
         joined, (_, out) = stage.join(x, other), stage(x, other)

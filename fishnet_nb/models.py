@@ -42,15 +42,19 @@ class FishNet(nn.Module):
         num_classes: int = 10,  # scores to give; 0 gives the pooled feature instead
         in_channels: int = 3,  # channels of the image
         stem_stride: int = 1,  # of the first convolution, in the pre-activation form; all features are that much coarser
+        transfer_shortcut: bool = False,  # T, the transferring block, has a shortcut, as in the paper
+        repeat_shortcut: bool = False,  # where the tail's channels multiply, its shortcuts repeat them instead of a 1×1 convolution
+        bridge: bool = True,  # the tail's last block has squeeze-and-excitation
     ):
         super().__init__()
         widths = check_widths(widths, n_least=2)
         plan, n = plan_channels(widths, k), len(widths)
         body = check_depths((1,)*(n-1) if body is None else body, n-1, 'body')
         head = check_depths((1,)*n if head is None else head, n, 'head')
-        self.tail = Tail(widths, tail, in_channels, preact, stem_stride=stem_stride)
-        self.body = Body(plan.carried[:n-1], plan.transferred[:n-1], body, k, preact)
-        self.head = Head(plan.carried[n-1:-1], plan.transferred[n-1:], head, preact)
+        check_switches(transfer_shortcut=transfer_shortcut, repeat_shortcut=repeat_shortcut)
+        self.tail = Tail(widths, tail, in_channels, preact, bridge, stem_stride, repeat_shortcut)
+        self.body = Body(plan.carried[:n-1], plan.transferred[:n-1], body, k, preact, transfer_shortcut)
+        self.head = Head(plan.carried[n-1:-1], plan.transferred[n-1:], head, preact, transfer_shortcut)
         self.classifier = make_classifier(plan.carried[-1], num_classes, bias=False, final_norm=final_norm)
         self.feature_channels = plan.carried[n:]
         self.feature_strides = self.tail.strides
@@ -93,7 +97,7 @@ def create_model(
     num_classes: int = 10,  # scores to give; 0 gives the pooled feature instead
     in_channels: int = 3,  # channels of the image
     pretrained: bool = False,  # with the weights of that name in the package, and the arguments that belong to them
-    **kwargs,  # widths, tail, body, head, k, preact, final_norm, stem_stride; body, head and k for FishNets only
+    **kwargs,  # further arguments of `FishNet` or `ResNet`
 ) -> nn.Module:  # [N, in_channels, H, W] -> [N, num_classes]
     "A model by name. ValueError for an unknown name, numbers that don't fit or weights that aren't there; TypeError for an unknown argument."
     make, depths = _lookup(name)
@@ -154,7 +158,7 @@ def stage_table(
     rows = []
     for name, stage, inputs, output in watch_stages(model, side):
         out = output[-1] if isinstance(output, tuple) else output
-        blocks = sum(isinstance(m, Bottleneck) for m in stage.modules())
+        blocks = sum(isinstance(m, Bottleneck) and name != 'transfer' for name, m in stage.named_modules())
         rows.append(StageRow(name, inputs[0].shape[-1], out.shape[-1], out.shape[1], blocks, _count_layers(stage)))
     return rows
 

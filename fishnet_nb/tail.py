@@ -78,16 +78,17 @@ class Tail(nn.Module):
         preact: bool = True,  # pre- or post-activation
         bridge: bool = True,  # end in the bridge
         stem_stride: int = 1,  # of the first convolution, in the pre-activation form
+        repeat_shortcut: bool = False,  # where the channels multiply, repeat them on the shortcut instead of a 1×1 convolution
     ):
         super().__init__()
         widths = check_widths(widths)
         depths = check_depths(depths, len(widths), 'tail')
-        check_switches(preact=preact)
+        check_switches(preact=preact, bridge=bridge, repeat_shortcut=repeat_shortcut)
         if not is_whole(in_channels): raise ValueError(f'in_channels={in_channels!r}: images have a whole number of channels, from 1 up')
         self.stem = make_stem(in_channels, widths[0], preact, stem_stride)
         self.in_channels, self.strides = int(in_channels), tuple(stem_stride*2**i for i in range(len(widths)))
         self.stages = nn.ModuleDict({
-            f't{i+1}': nn.Sequential(*make_layer(widths[i], widths[i+1], depths[i], preact=preact), nn.MaxPool2d(2))
+            f't{i+1}': nn.Sequential(*make_layer(widths[i], widths[i+1], depths[i], preact=preact, repeat_shortcut=repeat_shortcut), nn.MaxPool2d(2))
             for i in range(len(widths) - 1)})
         self.stages[f't{len(widths)}'] = _last_stage(widths[-1], depths[-1], preact, bridge)
 

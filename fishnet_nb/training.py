@@ -73,7 +73,7 @@ class Classifier(LightningModule):
 
     def __init__(self,
         arch: str = 'fishnet99',  # one of `list_models()`
-        arch_args: dict[str, bool | int | list[int] | None] | None = None,  # more arguments for `create_model`: widths, tail, body, head, k, preact, final_norm, stem_stride
+        arch_args: dict[str, bool | int | list[int] | None] | None = None,  # further arguments of `FishNet` or `ResNet`
         num_classes: int = 10,  # classes of the data
         in_channels: int = 3,  # channels of the images
         optimizer: str = 'adam',  # 'adam', or 'sgd' with Nesterov momentum 0.9; a one-cycle schedule moves the momentum, Adam's β₁ too, from 0.95 to 0.85 and back

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fishnet_nb.data import find_data
-from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights, save_weights
+from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights, save_weights, stage_table
 from fishnet_nb.testing import load_trained, test_run as run_test
 
 
@@ -97,6 +97,41 @@ def test_weights_in_the_package_want_their_own_network():
         with pytest.raises(ValueError, match='the weights of fishnet73 belong to'): create_model('fishnet73', pretrained=True, **other)
     for name in ('False', '/a/file.safetensors'):
         with pytest.raises(ValueError, match='pretrained=.*True or False is expected'): create_model('fishnet73', pretrained=name)
+
+
+CHANGES = dict(transfer_shortcut=True, repeat_shortcut=True, bridge=False)  # of the network, as the review proposes
+
+
+def test_changed_network_is_the_same_fish(tmp_path):
+    "The same channels, stages and layers; weights that come back; the memory format that training uses."
+    plain, changed = thin(), thin(**CHANGES)
+    assert changed.feature_channels == plain.feature_channels
+    rows = stage_table(plain), stage_table(changed)
+    assert [row.blocks for row in rows[0]] == [row.blocks for row in rows[1]]
+    assert sum(row.layers for row in rows[0]) == sum(row.layers for row in rows[1]) + 2  # squeeze-and-excitation's
+    save_weights(changed, tmp_path/'changed.safetensors', dict(arch='fishnet73', arch_args=dict(widths=[8, 16, 32, 64], **CHANGES), num_classes=10, in_channels=3))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(load_weights(tmp_path/'changed.safetensors').eval()(images), changed.eval()(images))
+    features = changed.to(memory_format=torch.channels_last).tail(images.to(memory_format=torch.channels_last))
+    assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in features)
+
+
+def test_nothing_isolated_is_left_between_the_stem_and_the_classifier():
+    "With all convolutions at zero, what the head's last feature sends back still reaches the stem's output, through tail, T, body and head."
+    model = thin(**CHANGES)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and 'stem' not in name: nn.init.zeros_(module.weight)
+    stem, *_ = features = model.tail(torch.randn(2, 3, 32, 32))
+    joined, x = model.body(features)
+    for out in features[-1], x, model.head(x, [stem, *joined[:0:-1], features[-2]])[-1]:
+        gradient, = torch.autograd.grad(out.sum(), stem, retain_graph=True)
+        assert (gradient.sum((2, 3)) > 0).all()  # of each channel
+
+
+@pytest.mark.parametrize('kwargs', [dict(preact=False), CHANGES])
+def test_any_stage_is_drawn(kwargs):
+    from fishnet_nb.figures import draw_stage
+    for stage in (thin(**kwargs).body.stages['b3'], thin(**kwargs).head.stages['h1']): draw_stage(stage, 8)
 
 
 def test_drawing_leaves_the_model_as_it_is():
