@@ -70,6 +70,37 @@ def test_run_killed_in_its_test_is_tested_when_resumed(work, straight):
     assert files == {path: path.read_bytes() for path in folder.glob('**/*.*')}
 
 
+def test_run_is_not_trained_twice_at_once(work):
+    "The second process says so and leaves the first alone, also one that holds the run before its first epoch."
+    args = ('--name=busy', '--trainer.max_epochs=1000', *TINY)
+    process = Run(work, *args)
+    folder = work/'results'/'busy'
+    wait_for_epochs(process, folder, 1)
+    second = Run(work, '--name=busy', '--resume')
+    assert 'busy is being trained by another process' in second.communicate(timeout=60)[1] and second.returncode == 2
+    n = len(figures(folder))
+    wait_for_epochs(process, folder, n + 1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    finish(Run(work, '--name=busy', '--resume', f'--trainer.max_epochs={len(figures(folder)) + 1}'))
+    assert not (folder/'.lock').exists()
+
+
+def test_record_of_a_resumed_run_says_where_its_epochs_came_from(work, straight):
+    "Only where something has changed meanwhile."
+    folder = Path(shutil.copytree(straight, work/'results'/'elsewhere'))
+    stated, n = read_record(folder), len(figures(folder))
+    assert 'earlier' not in stated
+    for i, device in enumerate(('a card', 'a card', 'another card')):
+        (folder/'record.json').write_text(json.dumps(read_record(folder) | dict(device=device)))
+        finish(Run(work, '--name=elsewhere', '--resume', f'--trainer.max_epochs={n + i + 1}', '--model.schedule=step'))
+    assert [(part['epochs'], part['device']) for part in read_record(folder)['earlier']] == [(n, 'a card'), (n + 1, 'a card'), (n + 2, 'another card')]
+    finish(Run(work, '--name=elsewhere', '--resume', f'--trainer.max_epochs={n + 4}', '--model.schedule=step'))
+    record = read_record(folder)
+    assert len(record['earlier']) == 3 and record['device'] == stated['device'] and record['earlier'][0]['versions'] == stated['versions']
+
+
 def test_averaged_weights_are_those_that_are_tested(work, straight, monkeypatch):
     "The test at the end of a run with averaged weights has them, as its best checkpoint has."
     monkeypatch.chdir(work)
