@@ -15,7 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from torch import nn, Tensor
+from torch import nn
 
 from .body_head import BodyStage, HeadStage
 from .models import stage_table, watch_stages
