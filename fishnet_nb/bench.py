@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn, Tensor
 
-from .data import CIFARDataModule
+from .data import CIFARDataModule, available_data
 from .models import count_complexity, create_model, stage_table
-from .training import code_commit, device_name, has_fast_bf16, package_versions
+from .training import code_commit, compile_problem, device_name, has_fast_bf16, package_versions
 
 # %% ../nbs/10_speed.ipynb #ee6f21a5
 class Setting(NamedTuple):
@@ -159,7 +159,7 @@ def bench(
     width_factors: Sequence[float] = (1,),  # times the widths of the model
     rounds: int = 5,  # of each setting, in turns
     seconds: float = 1.0,  # of a round, at least
-    settings: Sequence[Setting] | None = None,  # the first is the baseline; `device_settings` if None
+    settings: Sequence[Setting] | None = None,  # the first is the baseline; if None, those of `device_settings` that work
 ) -> dict:  # what `bench_report` and `plot_bench` show
     "Images per second in training and inference, against the baseline, and of the input; device, peak, memory, versions. ValueError for widths that don't fit. Takes minutes."
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -169,9 +169,12 @@ def bench(
     record = dict(arch=arch, arch_args=arch_args or {}, sizes=sizes, device=device_name(device), peak_dtype=str(dtype).removeprefix('torch.'),
                   peak_flops=round(matrix_peak(device, dtype)), input=input_rates(min(512, max(batch_sizes)), device), commit=code_commit(), versions=package_versions(),
                   date=datetime.now(timezone.utc).strftime('%Y-%m-%d'), rows=[])
+    if settings is None:
+        settings = device_settings(device)
+        if problem := compile_problem(device): record['left_out'], settings = problem, [setting for setting in settings if not setting.compiled]
     for args, size in zip(models, sizes):
         for batch_size in batch_sizes:
-            for row in _measure(lambda: create_model(arch, **args), batch_size, settings or device_settings(device), device, rounds, seconds):
+            for row in _measure(lambda: create_model(arch, **args), batch_size, settings, device, rounds, seconds):
                 flops = size['flops']*(3 if row['mode'] == 'training' else 1)
                 record['rows'].append(dict(width=size['widths'][0], **row, share_of_peak=round(flops*row['img_per_s']/record['peak_flops'], 4)))
     return record
@@ -218,9 +221,7 @@ def input_rates(
     seconds: float = 2.0,  # how long to count each way
 ) -> dict:  # data, workers, and images per second by 'albumentations' and 'on_device'
     "How many training images per second are delivered, of CIFAR-10 where it is at hand, else of the shapes: augmented one by one by albumentations, and by the batch on the device."
-    data = 'cifar10'
-    try: CIFARDataModule(data).cifar
-    except FileNotFoundError: data = 'shapes'
+    data = available_data()
     single, batched = (CIFARDataModule(data, batch_size, on_device=on_device).train_dataloader() for on_device in (False, True))
     batched.dataset.images, batched.dataset.labels = batched.dataset.images.to(device), batched.dataset.labels.to(device)
     return dict(data=data, workers=single.num_workers, albumentations=round(data_rate(single, seconds), 1), on_device=round(data_rate(batched, seconds), 1))
@@ -266,7 +267,8 @@ def bench_report(
     sizes = '; '.join(f'width {size["widths"][0]}: {size["params"]/1e6:.2f} M parameters, {size["flops"]/1e9:.2f} GFLOPs' for size in record['sizes'])
     where = (f'{record["device"]}, {record["peak_flops"]/1e9:,.0f} GFLOP/s in a {record["peak_dtype"]} matrix product; '
              f'commit {record["commit"]}, PyTorch {record["versions"]["torch"]}')
-    return f'{record["arch"]}, {sizes}. {where}.\n\n{bench_table(record)}\n\n{bottleneck(record)}'.rstrip()
+    left_out = f' Nothing is compiled: {record["left_out"]}.' if 'left_out' in record else ''
+    return f'{record["arch"]}, {sizes}. {where}.{left_out}\n\n{bench_table(record)}\n\n{bottleneck(record)}'.rstrip()
 
 def plot_bench(
     record: dict,  # from `bench`

@@ -118,7 +118,8 @@ def _near_change(
 # %% ../nbs/cli.ipynb #4701cd19
 def _run_test(args: argparse.Namespace) -> int:
     """Test a run's best checkpoint, a checkpoint file, or weights on all test images. Writes test.json, with the errors on each dataset tested, and the
-    pictures history.png (of a run), confusion.png and predictions.png beside it; for the weights in the package, into results/pretrained."""
+    pictures history.png (of a run), confusion.png and predictions.png beside it, with the name of a file that isn't a run's in front; for the weights in
+    the package, into results/pretrained."""
     from fishnet_nb.models import pretrained_path
     from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, record_test, test_run
     path = pretrained_path('fishnet73') if args.tested is None else find_checkpoint(args.tested)
@@ -131,8 +132,9 @@ def _run_test(args: argparse.Namespace) -> int:
     record_test(folder/'test.json', path, tests, info)
     figures = {'confusion': plot_confusion(found, module.classes), 'predictions': plot_predictions(found, module.cifar.test_images, module.classes)}
     if (folder/'metrics.csv').is_file(): figures['history'] = plot_history(folder)
-    for name, figure in figures.items(): _save(figure, folder/f'{name}.png')
-    print(f'\nThe errors are in {folder/"test.json"}, the pictures {", ".join(f"{name}.png" for name in sorted(figures))} beside it.\n{_next(info["name"])}')
+    of = '' if args.tested is None or folder != path.parent else f'{path.stem}-'  # what lies beside a file may be of another
+    for name, figure in figures.items(): _save(figure, folder/f'{of}{name}.png')
+    print(f'\nThe errors are in {folder/"test.json"}, the pictures {", ".join(f"{of}{name}.png" for name in sorted(figures))} beside it.\n{_next(info["name"])}')
     return 0
 
 def _folder_of(path: Path) -> Path:
@@ -165,8 +167,8 @@ def _next(data: str) -> str:
 def _run_predict(args: argparse.Namespace) -> int:
     """The three most likely classes of each image, with confidences, by the network in the package, which knows the classes of CIFAR-10, or by your own.
     Images of any size are scaled to 32×32 pixels; of those that can't be read, a line each says why."""
-    from fishnet_nb.testing import load_trained
-    classifier, names = load_trained(args.checkpoint)
+    from fishnet_nb.testing import find_checkpoint, load_trained
+    classifier, names = load_trained(args.checkpoint and find_checkpoint(args.checkpoint))
     if (channels := classifier.hparams.in_channels) != 3: raise ValueError(f'{args.checkpoint} takes images of {channels} channels, and 3 are needed here')
     rows, wrong = [('image', '1st', '2nd', '3rd')], []
     for path in args.images:
@@ -222,7 +224,7 @@ def _run_export(args: argparse.Namespace) -> int:
     from fishnet_nb.testing import export_weights, find_checkpoint
     out = args.out or find_checkpoint(args.name).parent.parent/'weights.safetensors'
     if out.suffix != '.safetensors': raise ValueError(f'{out} is not the name of a .safetensors file')
-    path = export_weights(args.name, out)
+    path = export_weights(_folder_of(Path(args.name)) if Path(args.name).is_file() else args.name, out)
     print(f'{path}: {path.stat().st_size/1e6:.1f} MB, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}')
     return 0
 
@@ -396,8 +398,8 @@ def make_parser() -> argparse.ArgumentParser:
     "The parser of `fishnet-nb` with all of its commands."
     parser = _Parser(prog='fishnet-nb', description='FishNet, made executable: train, test and look inside.', allow_abbrev=False, formatter_class=_Help,
                      epilog='exit codes:\n  0 done; 1 not reproduced; 2 given wrongly, or not readable; 130 stopped by Ctrl-C\n'
-                            'examples:\n  fishnet-nb fit quick              some minutes on two CPU cores, nothing to download\n'
-                            '  fishnet-nb test results/quick     its errors and pictures')
+                            'examples:\n  fishnet-nb fit quick --name mine    some minutes on two CPU cores, nothing to download\n'
+                            '  fishnet-nb test results/mine        its errors and pictures')
     parser.add_argument('--version', action='version', version=f'fishnet_nb {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
     for add in (_add_fit, _add_test, _add_predict, _add_export, _add_summary, _add_bench, _add_data, _add_reproduce): add(commands)
@@ -414,20 +416,20 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
 
 def _add_test(commands: argparse._SubParsersAction) -> None:
     "The command `test`."
-    test = _add(commands, _run_test, 'fishnet-nb test                 the weights in the package', 'fishnet-nb test results/quick', 'fishnet-nb test my.ckpt --data data/cifar-10-batches-py')
+    test = _add(commands, _run_test, 'fishnet-nb test                 the weights in the package', 'fishnet-nb test results/mine', 'fishnet-nb test my.ckpt --data data/cifar-10-batches-py')
     test.add_argument('tested', metavar='RUN', nargs='?', help="a run's folder or name, or a .ckpt or .safetensors file; the weights in the package by default")
     test.add_argument('--data', help='cifar10, shapes or a folder; the data of the training by default')
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
     "The command `predict`."
-    predict = _add(commands, _run_predict, 'fishnet-nb predict cat.png dog.jpg', 'fishnet-nb predict shape.png --checkpoint results/quick/checkpoints/best.ckpt')
+    predict = _add(commands, _run_predict, 'fishnet-nb predict cat.png dog.jpg', 'fishnet-nb predict shape.png --checkpoint results/mine')
     predict.add_argument('images', metavar='IMAGE', nargs='+', type=Path, help='image files')
-    predict.add_argument('--checkpoint', metavar='FILE', type=Path, help='a .ckpt file of a run, or a .safetensors file; the weights in the package by default')
+    predict.add_argument('--checkpoint', metavar='RUN', help="a run's folder or name, or a .ckpt or .safetensors file; the weights in the package by default")
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     "The command `export`."
     export = _add(commands, _run_export, 'fishnet-nb export student --out fishnet99.safetensors')
-    export.add_argument('name', metavar='RUN', help="a run's name in results/, or its folder")
+    export.add_argument('name', metavar='RUN', help="a run's name in results/, its folder, or its checkpoint")
     export.add_argument('--out', metavar='FILE', type=Path, help='a .safetensors file; weights.safetensors in the folder of the run by default')
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:

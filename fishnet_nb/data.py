@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CIFAR_CLASSES', 'CIFAR_FOLDER', 'TRAIN_BATCHES', 'TEST_BATCH', 'META', 'CIFAR_URL',
-           'CIFAR_MD5', 'AUGMENTATIONS', 'unpickle', 'CIFAR', 'data_root', 'find_data', 'are_class_names',
-           'read_classes', 'load_cifar', 'download_cifar', 'data_folder', 'data_sha256', 'load_data', 'is_official',
-           'describe_data', 'check_images', 'train_transform', 'test_transform', 'CIFARDataset', 'stratified_split',
-           'EpochSampler', 'Draws', 'draw', 'augment_batch', 'DeviceDataset', 'CIFARDataModule']
+           'CIFAR_MD5', 'AUGMENTATIONS', 'unpickle', 'CIFAR', 'data_root', 'available_data', 'find_data',
+           'are_class_names', 'read_classes', 'load_cifar', 'download_cifar', 'data_folder', 'data_sha256', 'load_data',
+           'is_official', 'describe_data', 'check_images', 'train_transform', 'test_transform', 'CIFARDataset',
+           'stratified_split', 'EpochSampler', 'Draws', 'draw', 'augment_batch', 'DeviceDataset', 'CIFARDataModule']
 
 # %% ../nbs/01_data.ipynb #7a9be065
 import os
@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from .blocks import check_switches
 from .shapes import SHAPE_CLASSES, SHAPES_SHA256, Shapes, write_shapes
 
 # %% ../nbs/01_data.ipynb #83c4e470
@@ -248,6 +249,10 @@ class CIFAR(NamedTuple):
 def data_root() -> Path:
     "`data` in the working folder or in the one above, where the notebooks find it; `data` when there is none yet."
     return next((root for root in (Path('data'), Path('..')/'data') if root.is_dir()), Path('data'))
+
+def available_data() -> str:
+    "'cifar10' if it has been given, by FISHNET_DATA or in `data`, be it whole or not; otherwise 'shapes'."
+    return 'cifar10' if os.environ.get('FISHNET_DATA') or (data_root()/CIFAR_FOLDER).exists() else 'shapes'
 
 def find_data(
     path: str | Path | None = None,  # the folder of the batches, or the one around it; None: FISHNET_DATA, then `data`
@@ -689,6 +694,7 @@ class CIFARDataModule(LightningDataModule):
         if batch_size < 1 or not 0 <= val_fraction < 1 or seed < 0 or (num_workers or 0) < 0:
             raise ValueError(f'{batch_size=}, {val_fraction=}, {seed=}, {num_workers=}; allowed are a batch_size from 1, '
                              'a val_fraction from 0 to below 1, a seed from 0, and num_workers from 0 or None')
+        check_switches(on_device=on_device)
         if on_device and num_workers: raise ValueError(f'{on_device=}, {num_workers=}: images on the device are loaded without processes; leave num_workers at 0 or None')
         _check_augment(augment, cutout_px)
         self.save_hyperparameters(logger=False)

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 
-from .blocks import Bottleneck, init_weights, is_whole
+from .blocks import Bottleneck, check_switches, init_weights, is_whole
 from .body_head import Body, Head
 from .channels import plan_channels
-from .tail import ResNet, Tail, check_depths, check_switches, check_widths, make_classifier
+from .tail import ResNet, Tail, check_depths, check_widths, make_classifier
 
 # %% ../nbs/06_fishnet.ipynb #aca6f6e8
 class FishNet(nn.Module):

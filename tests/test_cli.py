@@ -288,12 +288,26 @@ def test_all_that_a_record_names_is_repeated():
         assert _repeatable(record | {'hparams': hparams}, 'quick')[2]['data']['augment'] == meant
 
 
+def test_run_is_named_alike_everywhere(inside, capsys):
+    "By its name, its folder or its checkpoint; and the pictures of what isn't a run's have its name, for others may lie beside it."
+    Image.new('RGB', (32, 32), 'red').save('here.png')
+    for run in 'tiny', 'results/tiny', 'results/tiny/checkpoints/best.ckpt':
+        assert main(['predict', 'here.png', '--checkpoint', run]) == 0
+        assert main(['export', run, '--out', 'mine.safetensors']) == 0
+    assert main(['predict', 'here.png', '--checkpoint', 'nothing']) == 2 and 'neither a checkpoint nor a run' in capsys.readouterr().err
+    Path('predictions.png').write_text('mine')
+    assert main(['test', 'mine.safetensors']) == 0 and 'mine-predictions.png' in capsys.readouterr().out
+    assert Path('predictions.png').read_text() == 'mine' and Image.open('mine-confusion.png').size[0] > 300
+
+
 def test_bench_writes_its_record_and_its_plot(inside, capsys, monkeypatch):
     from fishnet_nb import bench
-    monkeypatch.setattr(bench, 'device_settings', lambda device: (bench.BASELINE, bench.Setting('channels last', channels_last=True)))  # compiling takes minutes
+    monkeypatch.setattr(bench, 'compile_problem', lambda device: 'no compiler')  # compiling takes minutes
+    monkeypatch.setattr(bench, 'has_fast_bf16', lambda accelerator: False)
     assert main(['bench', 'fishnet73', '--widths', '8', '16', '--tail', '1', '1', '--width-factor', '1', '2', '--batch-size', '4', '--rounds', '1', '--name', 'tiny']) == 0
     found = capsys.readouterr().out
     record = bench.read_bench('results/bench/tiny.json')
+    assert 'Nothing is compiled: no compiler.' in found and {row['setting'] for row in record['rows']} == {bench.BASELINE.name, 'channels last'}
     assert bench.bench_report(record) in found and 'is the bottleneck' in found and 'results/bench/tiny.png' in found
     assert [(row['width'], row['mode'], row['setting']) for row in record['rows'][::3]] == [(8, 'training', 'baseline'), (8, 'inference', 'channels last'), (16, 'inference', 'baseline')]
     assert Image.open('results/bench/tiny.png').size[0] > 500

@@ -365,6 +365,18 @@ def test_shapes_folder_is_written_once_and_whole(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='other shapes'): load_data('shapes')
 
 
+def test_half_a_folder_or_a_wrong_one_is_not_replaced_by_shapes(tmp_path, monkeypatch):
+    "Where data was given, its fault is said."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('FISHNET_DATA', raising=False)
+    assert data.available_data() == 'shapes'
+    (tmp_path/'data'/'cifar-10-batches-py').mkdir(parents=True)
+    assert data.available_data() == 'cifar10'
+    with pytest.raises(FileNotFoundError, match='lacks data_batch_1'): data.load_data('cifar10')
+    monkeypatch.setenv('FISHNET_DATA', 'nowhere')
+    assert data.available_data() == 'cifar10'
+
+
 def test_import_is_quiet_and_offline():
     "No warning, and no call to the network, though albumentations would make one when imported."
     code = ('import socket, sys, warnings\nwarnings.simplefilter("error")\n'

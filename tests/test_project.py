@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_page_of_results_has_the_thin_runs_and_the_trials():
     cells = json.loads((ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8'))['cells']
     tables = [''.join(output.get('data', {}).get('text/markdown', '')).strip() for cell in cells for output in cell.get('outputs', [])]
     assert results_table([read_record(ROOT/'results/thin'/name) for name in ('student-thin', 'student-thin-resnet50')]) in tables
-    for name in 'cpu', 'thin/student-recipe', 'thin/student-recipe-averaged', 'thin/student-recipe-onecycle':
+    for name in 'cpu', 'thin/student-recipe', 'thin/student-recipe-averaged', 'thin/student-recipe-onecycle', 'thin/student-recipe-onecycle-standard':
         record = read_record(ROOT/'results'/name)
         ending = f'| {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["test"]["top5_error"]:.1%} | {record["wall_s"]/60:.1f} min |'
         assert any(line.startswith(f'| {Path(name).name} |') and line.endswith(ending) for table in tables for line in table.splitlines()), name
@@ -119,15 +120,47 @@ def test_page_of_results_has_each_short_run():
             assert f'| {error:.1%} | {100*(error - before):+.1f} |' in row
 
 
+def test_page_of_speed_has_each_benchmark():
+    from fishnet_nb.bench import bench_report, read_bench
+    cells = json.loads((ROOT/'nbs/10_speed.ipynb').read_text(encoding='utf-8'))['cells']
+    shown = {''.join(output.get('data', {}).get('text/markdown', '')).strip() for cell in cells for output in cell.get('outputs', [])}
+    for path in published('results/bench/*.json'): assert f'**{path.stem}**: {bench_report(read_bench(path))}' in shown, path
+
+
+def test_pages_state_the_errors_of_the_weights_and_of_the_seeds():
+    pages = {name: (ROOT/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8') for name in ('08_testing', '09_results')}
+    digest = (ROOT/'fishnet_nb/weights/SHA256SUMS').read_text().split()[0]
+    tested = [entry for entry in json.loads((ROOT/'results/pretrained/test.json').read_text(encoding='utf-8')) if entry['tested_sha256'] == digest]
+    assert len(tested) == 2
+    for entry in tested:
+        for how, e in entry['errors'].items(): assert f'| {entry["data"]["description"]} | {entry["data"]["n_test"]:,} | {how} | {e["top1_error"]:.1%} | {e["top5_error"]:.1%} |' in pages['08_testing']
+    errors = [100*json.loads((ROOT/'results'/name/'record.json').read_text(encoding='utf-8'))['test']['top1_error'] for name in ('cpu', 'cpu-seed-43', 'cpu-seed-44')]
+    assert f'top1_error: {statistics.mean(errors):.2f} % on average, standard deviation {statistics.stdev(errors):.2f}' in pages['09_results']
+
+
+def test_page_of_results_has_the_proposals():
+    "The row of each network has the test errors of its seeds."
+    text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
+    records = [json.loads(path.read_text(encoding='utf-8')) for path in published('results/proposals/*/record.json')]
+    names = {record['name'].split('-seed-')[0] for record in records}
+    assert len(names) == 5
+    for name in names:
+        errors = [record['test']['top1_error'] for record in sorted(records, key=lambda record: record['seed']) if record['name'].startswith(f'{name}-seed-')]
+        row = next(line for line in text.splitlines() if line.strip().startswith(f'"| {name} |'))
+        assert len(errors) > 1 and f'| {", ".join(f"{error:.1%}" for error in errors)} | {sum(errors)/len(errors):.1%} |' in row
+
+
 def test_page_of_versatility_states_what_its_records_say():
-    "The mean of each network's figures over its seeds, in the row of its size and of the features that it tells pixels from."
+    "The mean of each network's figures over its seeds, in the row of its size and of the features that it tells pixels from, first trained together, then frozen."
     from fishnet_nb.versatility import CONTENDERS
     text = (ROOT/'nbs/11_versatility.ipynb').read_text(encoding='utf-8')
     records = [json.loads(path.read_text(encoding='utf-8')) for path in published('results/versatility/*.json')]
-    assert len(records) == 3*len(CONTENDERS)
-    for name in {record['name'] for record in records}:
+    names = {record['name'] for record in records}
+    assert names == {*CONTENDERS, *(f'{name}-frozen' for name in CONTENDERS)} and len(records) == 3*len(names)
+    for name in names:
         of_name = [record for record in records if record['name'] == name]
-        row = next(line for line in text.splitlines() if f'"| {of_name[0]["arch"]} ' in line and f'| {of_name[0]["pixels"]} |' in line)
+        rows = [line for line in text.splitlines() if f'"| {of_name[0]["arch"]} ' in line and f'| {of_name[0]["pixels"]} |' in line]
+        row = rows[name.endswith('-frozen')]
         for key in of_name[0]['test']: assert f'| {100*sum(record["test"][key] for record in of_name)/len(of_name):.1f} (' in row, (name, key)
 
 

@@ -65,8 +65,9 @@ def test_run_killed_in_its_test_is_tested_when_resumed(work, straight):
     assert figures(folder) == before
     files = {path: path.read_bytes() for path in folder.glob('**/*.*')}
     finish(Run(work, '--name=moved', '--resume'))
-    again = Run(work, '--name=moved', '--resume', '--model.mirror=false')
-    assert 'moved is finished' in again.communicate(timeout=60)[1] and again.returncode == 2
+    for change, told in ('--trainer.benchmark=true', 'moved is finished'), ('--model.mirror=false', "model.mirror is True in results/moved and can't become False"):
+        again = Run(work, '--name=moved', '--resume', change)
+        assert told in again.communicate(timeout=60)[1] and again.returncode == 2
     assert files == {path: path.read_bytes() for path in folder.glob('**/*.*')}
 
 
@@ -87,16 +88,17 @@ def test_run_is_not_trained_twice_at_once(work):
     assert not (folder/'.lock').exists()
 
 
-def test_record_of_a_resumed_run_says_where_its_epochs_came_from(work, straight):
+def test_record_of_a_resumed_run_says_where_its_epochs_came_from(work):
     "Only where something has changed meanwhile."
-    folder = Path(shutil.copytree(straight, work/'results'/'elsewhere'))
-    stated, n = read_record(folder), len(figures(folder))
+    finish(Run(work, '--name=elsewhere', '--trainer.max_epochs=2', '--trainer.limit_train_batches=2', '--model.schedule=step', *TINY))
+    folder = work/'results'/'elsewhere'
+    stated, n = read_record(folder), 2
     assert 'earlier' not in stated
     for i, device in enumerate(('a card', 'a card', 'another card')):
         (folder/'record.json').write_text(json.dumps(read_record(folder) | dict(device=device)))
-        finish(Run(work, '--name=elsewhere', '--resume', f'--trainer.max_epochs={n + i + 1}', '--model.schedule=step'))
+        finish(Run(work, '--name=elsewhere', '--resume', f'--trainer.max_epochs={n + i + 1}'))
     assert [(part['epochs'], part['device']) for part in read_record(folder)['earlier']] == [(n, 'a card'), (n + 1, 'a card'), (n + 2, 'another card')]
-    finish(Run(work, '--name=elsewhere', '--resume', f'--trainer.max_epochs={n + 4}', '--model.schedule=step'))
+    finish(Run(work, '--name=elsewhere', '--resume', f'--trainer.max_epochs={n + 4}'))
     record = read_record(folder)
     assert len(record['earlier']) == 3 and record['device'] == stated['device'] and record['earlier'][0]['versions'] == stated['versions']
 
@@ -204,6 +206,38 @@ def test_a_trained_network_can_be_trained_anew_for_longer(tmp_path):
         with pytest.raises(ValueError, match='ends after 2 steps, and now there would be 4'): trainer(2).fit(classifier, batches, ckpt_path=tmp_path/'one.ckpt')
 
 
+def test_training_does_not_go_on_with_another_network(tmp_path):
+    "Also where no run is resumed, but Lightning is given a checkpoint."
+    def trainer(): return Trainer(max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    network, other = (Classifier('fishnet73', dict(widths=widths, tail=[1, 1])) for widths in ([8, 16], [16, 32]))
+    batches = DataLoader([dict(img=torch.randn(3, 16, 16), label=0)]*4, 2)
+    with quiet_lightning():
+        (first := trainer()).fit(network, batches)
+        first.save_checkpoint(tmp_path/'one.ckpt')
+        with pytest.raises(ValueError, match=r'the checkpoint is of a fishnet73 with .*\[8, 16\].*, and this network is a fishnet73 with .*\[16, 32\]'): trainer().fit(other, batches, ckpt_path=tmp_path/'one.ckpt', weights_only=True)
+
+
+def test_what_would_leave_no_record_is_refused(work, monkeypatch):
+    monkeypatch.chdir(work)
+    with pytest.raises(ValueError, match='in a terminal'): fit('quick', [*TINY, '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp_fork'], name='forked')
+    monkeypatch.setattr(torch, 'compile', lambda network: 1/0)
+    with pytest.raises(ValueError, match='torch.compile doesn.t work here .division by zero.: .* --model.compile=false'): fit('quick', [*TINY, '--model.compile=true'], name='uncompiled')
+    with pytest.raises(ValueError, match='a list of texts'): fit('quick', '--trainer.max_epochs=1', name='texts')
+    assert not any((work/'results'/name).exists() for name in ('forked', 'uncompiled', 'texts'))
+
+
+def test_what_can_go_on_is_named(work, monkeypatch):
+    "Of a finished run there may be the record alone, as of those that are kept with the project."
+    monkeypatch.chdir(work)
+    finish(Run(work, '--name=kept', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', *TINY))
+    shutil.copytree(work/'results'/'kept', work/'results'/'kept-2')
+    (work/'results'/'kept-2'/'record.json').write_text(json.dumps(read_record('kept') | dict(status='interrupted')))
+    shutil.rmtree(work/'results'/'kept'/'checkpoints')
+    for name in 'kept', 'nobody', 'results/nobody':
+        with pytest.raises(FileNotFoundError, match='what can go on: .*--name kept-2 --resume'): fit('quick', name=name, resume=True)
+    assert fit(Path('quick'), name='results/kept-2', resume=True) == Path('results/kept-2')
+
+
 def test_only_runs_with_the_step_schedule_are_stopped_early(tmp_path):
     "One-cycle gains most at its end, and may gain nothing for long before."
     stopped = {schedule: any(isinstance(callback, EarlyStopping) for callback in _callbacks(tmp_path, None, schedule)) for schedule in ('step', 'onecycle')}
@@ -217,8 +251,9 @@ def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatc
     monkeypatch.chdir(work)
     files = {path: path.read_bytes() for path in (work/'results'/'twice').glob('*.*')}
     with pytest.raises(ValueError, match='one-cycle schedule of this run ends after 1 steps, and now there would be [0-9]+'): fit('quick', ['--trainer.max_epochs=2'], name='twice', resume=True)
-    with pytest.raises(ValueError, match='the checkpoint is of a fishnet73 with .*, and this network is a resnet50'):
-        fit('quick', ['--model.arch=resnet50', '--model.arch_args={"widths": [8, 16], "tail": [1, 1]}'], name='twice', resume=True)
+    for change, told in {'--model.arch=fishnet99': "model.arch is fishnet73 in results/twice and can't become fishnet99", '--model.lr=0.5': 'model.lr is 0.1', '--model.schedule=step': 'model.schedule is onecycle',
+                         '--seed_everything=7': 'seed_everything is 42', '--data.val_fraction=0.5': 'data.val_fraction is 0.1', '--data.batch_size=8': 'data.batch_size is 32', '--trainer.accumulate_grad_batches=2': 'trainer.accumulate_grad_batches is 1'}.items():
+        with pytest.raises(ValueError, match=told): fit('quick', [change], name='twice', resume=True)
     with pytest.raises(ValueError, match='a run of the recipe quick, not of cpu'): fit('cpu', name='twice', resume=True)
     last = work/'results'/'twice'/'checkpoints'/'last.ckpt'
     whole = last.read_bytes()
