@@ -222,9 +222,13 @@ def _run_export(args: argparse.Namespace) -> int:
     "The weights of a run's best epoch as a safetensors file, with the run's record in it: for `predict`, or for `load_weights` in your own code."
     import hashlib
     from fishnet_nb.testing import export_weights, find_checkpoint
-    out = args.out or find_checkpoint(args.name).parent.parent/'weights.safetensors'
+    run, out = args.name, args.out
+    if Path(run).is_file():
+        if Path(run).parts[-2:] != ('checkpoints', 'best.ckpt'): raise ValueError(f'{run}: name a run, its folder or its checkpoints/best.ckpt, which is what is exported')
+        run = _folder_of(Path(run))
+    out = out or find_checkpoint(run).parent.parent/'weights.safetensors'
     if out.suffix != '.safetensors': raise ValueError(f'{out} is not the name of a .safetensors file')
-    path = export_weights(_folder_of(Path(args.name)) if Path(args.name).is_file() else args.name, out)
+    path = export_weights(run, out)
     print(f'{path}: {path.stat().st_size/1e6:.1f} MB, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}')
     return 0
 
@@ -429,7 +433,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def _add_export(commands: argparse._SubParsersAction) -> None:
     "The command `export`."
     export = _add(commands, _run_export, 'fishnet-nb export student --out fishnet99.safetensors')
-    export.add_argument('name', metavar='RUN', help="a run's name in results/, its folder, or its checkpoint")
+    export.add_argument('name', metavar='RUN', help="a run's name in results/, its folder, or its checkpoints/best.ckpt")
     export.add_argument('--out', metavar='FILE', type=Path, help='a .safetensors file; weights.safetensors in the folder of the run by default')
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:

@@ -125,7 +125,7 @@ def export_weights(
     h = classifier.hparams
     about = dict(arch=h.arch, arch_args=dict(h.arch_args or {}), num_classes=h.num_classes, in_channels=h.in_channels, classes=class_names(checkpoint),
                  input=dict(size_px=32, mean=CIFAR_MEAN, std=CIFAR_STD), mirror=h.mirror)  # whether the stated errors are of images and their mirror images
-    return save_weights(classifier.model, path, about | {key: record[key] for key in ('recipe', 'data', 'test', 'seed', 'commit', 'versions', 'device')})
+    return save_weights(classifier.model, path, about | {key: record[key] for key in ('recipe', 'data', 'test', 'seed', 'commit', 'versions', 'device', 'earlier') if key in record})
 
 def load_trained(
     path: str | Path | None = None,  # a .ckpt or .safetensors file; None: the weights in the package

@@ -37,7 +37,7 @@ except ImportError: fcntl = None  # Windows has no such locks
 
 import torch
 import torch.nn.functional as F
-import yaml
+from jsonargparse import Namespace
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
@@ -154,13 +154,13 @@ class Classifier(LightningModule):
         self.planned_steps = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), math.inf)
 
     def configure_optimizers(self) -> dict:
-        "Optimiser and schedule. ValueError if a run is resumed for more steps than its one-cycle schedule has."
+        "Optimiser and schedule. ValueError if a run is resumed for more or fewer steps than its one-cycle schedule has."
         h = self.hparams
         if h.optimizer == 'adam': optimizer = torch.optim.Adam(self.parameters(), h.lr, weight_decay=h.weight_decay)
         else: optimizer = torch.optim.SGD(self.parameters(), h.lr, momentum=.9, nesterov=True, weight_decay=h.weight_decay)
         if h.schedule == 'step': return dict(optimizer=optimizer, lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 30, .1))
         n = int(self.trainer.estimated_stepping_batches)
-        if n > self.planned_steps: raise ValueError(f'the one-cycle schedule of this run ends after {self.planned_steps} steps, and now there would be {n}: resume it without more epochs or smaller batches, or start a new run')
+        if self.planned_steps not in (n, math.inf): raise ValueError(f'the one-cycle schedule of this run ends after {self.planned_steps} steps, and now there would be {n}: resume it with the epochs and processes that it began with, or start a new run')
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, h.lr, n)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval='step'))
 
@@ -170,7 +170,8 @@ def compile_problem(
     "Why `torch.compile` doesn't work there; nothing if it does."
     try: torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # of many kinds
-        return (f'torch.compile doesn\'t work here ({next(iter(str(error).splitlines()), type(error).__name__)}): '
+        cause = str(getattr(error, 'inner_exception', error)).strip() or type(error).__name__
+        return (f'torch.compile doesn\'t work here ({cause.splitlines()[0]}): '
                 'it needs a C++ compiler on a CPU, a C compiler and Python\'s headers on a GPU')
     return ''
 
@@ -353,16 +354,16 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
     def begin(self, trainer: Trainer) -> None:
         "From here on the folder is this run's, and says so even if the process is killed."
         self.has_started = True
-        if parts := self.earlier_parts(): self.record |= dict(earlier=parts)
+        if self.earlier and self.rows: self.record |= self.earlier_parts()
         if trainer.is_global_zero: write_atomically(self.folder/'config.yaml', self.config)
         self.write(trainer, status='running')
 
-    def earlier_parts(self) -> list[dict]:
-        "How the epochs before came about, each part up to an epoch, unless it was as now."
-        if not self.earlier or not self.rows: return []
-        parts, now = self.earlier.get('earlier', []), {key: self.record[key] for key in CIRCUMSTANCES}
-        then = {key: self.earlier.get(key) for key in CIRCUMSTANCES}
-        return parts if then == now else [*parts, dict(epochs=len(self.rows), **then)]
+    def earlier_parts(self) -> dict:
+        "Where the epochs before came from, if not from where the run is now; otherwise when it was started."
+        parts, then = self.earlier.get('earlier', []), {key: self.earlier.get(key) for key in CIRCUMSTANCES}
+        if all(then[key] == self.record[key] for key in CIRCUMSTANCES if key != 'started'): return {'started': then['started'], **({'earlier': parts} if parts else {})}
+        trained = max((part['epochs'] for part in parts), default=0)
+        return {'earlier': [*parts, {'epochs': len(self.rows), **then}] if len(self.rows) > trained else parts}
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.epoch_started = time.perf_counter()
@@ -420,8 +421,9 @@ def results_table(
         model = r['hparams']['model']
         widths = (model['arch_args'] or {}).get('widths')
         size = f' ({", ".join(map(str, widths))})' if widths else ''
+        devices = dict.fromkeys([*(part['device'] for part in r.get('earlier', [])), r['device']])
         lines.append(f'| {r["name"]} | {r["data"]["description"]} | {model["arch"]}{size} | {r["params"]/1e6:.2f} M | {r["epochs"]} | '
-                     f'{r["test"]["top1_error"]:.1%} | {r["test"]["top5_error"]:.1%} | {r["wall_s"]/60:.1f} min | {r["device"]} |')
+                     f'{r["test"]["top1_error"]:.1%} | {r["test"]["top5_error"]:.1%} | {r["wall_s"]/60:.1f} min | {"; then ".join(devices)} |')
     return '\n'.join(lines)
 
 # %% ../nbs/07_training.ipynb #ce395e34
@@ -554,61 +556,67 @@ def fit(
     if Path(name).name in ('', '..'): raise ValueError(f'{name!r} is not a name for a run: give one of letters and numbers')
     with quiet_lightning():
         folder = _resumable_folder(root, name, recipe) if resume else None
+        before = _parse(folder/'config.yaml', ()) if resume and args and (folder/'checkpoints'/'last.ckpt').is_file() else None
         cli = _parse(folder/'config.yaml' if resume else recipe_path(recipe), args)
-        if resume: _check_changes(folder, cli)
+        if before: _check_changes(before.config, cli.config, folder)
         _check_run(cli.trainer, cli.model, cli.datamodule)
         folder = folder or run_folder(root, name, resume=False)
         with _alone(folder): return _run(cli, folder, recipe_name(recipe), resume)
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    "Nobody else trains in that folder meanwhile. ValueError if somebody does."
+    "Nobody else trains in that folder meanwhile, where the system has locks. ValueError if somebody does."
     if rank_zero_only.rank: yield; return  # the first rank has the folder
-    path = folder/'.lock'
-    file = open(path, 'w')
-    try:
-        if fcntl: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way; its workers don't inherit it
-    except (BlockingIOError, PermissionError): raise ValueError(f'{folder} is being trained by another process: let it end, or stop it, then resume') from None
-    except OSError: pass  # a file system without locks
+    file, path = None, folder/'.lock'
+    while file is None or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # the process before may remove it meanwhile
+        if file: file.close()
+        file = open(path, 'w')
+        try:
+            if fcntl: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way; its workers don't inherit it
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise ValueError(f'{folder} is being trained by another process: let it end, or stop it, then resume') from None
+        except OSError: pass  # a file system without locks
     try: yield
     finally:
+        with suppress(OSError): path.unlink()
         file.close()
-        path.unlink(missing_ok=True)
         for made in folder/'checkpoints', folder:  # for a run that never started
             with suppress(OSError): made.rmdir()  # unless something is in it
 
 def _resumable_folder(root: str | Path, name: str, recipe: str) -> Path:
     "The folder of a run that can go on. FileNotFoundError for one without its checkpoint, ValueError for one of another recipe."
-    others = [path.parent.name for path in sorted(Path(root).glob('*/config.yaml')) if _can_go_on(path.parent, recipe)]
-    hint = f'; what can go on: {", ".join(f"--name {other} --resume" for other in others)}' if others else ''
     try: folder = run_folder(root, name, resume=True)
-    except FileNotFoundError as error: raise FileNotFoundError(f'{error}{hint}') from None
+    except FileNotFoundError as error: raise FileNotFoundError(f'{error}{_what_can_go_on(root, recipe)}') from None
     record = read_record(folder) if (folder/'record.json').is_file() else {}
     if record.get('recipe', recipe_name(recipe)) != recipe_name(recipe): raise ValueError(f'{folder} is a run of the recipe {record["recipe"]}, not of {recipe}')
     if not record: recipe_path(recipe)  # no record says whether it is the run's
     last = folder/'checkpoints'/'last.ckpt'
     if last.is_file(): read_checkpoint(last)  # or raises
     elif record.get('status', 'running') not in UNFINISHED or len(read_metrics(folder/'metrics.csv')) > 1:  # killed in its first epoch, a run has none yet, and begins again
-        raise FileNotFoundError(f'{last} is missing, so this run can\'t go on: records are kept without their checkpoints; train it again without --resume{hint}')
+        raise FileNotFoundError(f'{last} is missing, so this run can\'t go on: records are kept without their checkpoints; train it again without --resume{_what_can_go_on(root, recipe)}')
     return folder
 
-def _can_go_on(folder: Path, recipe: str) -> bool:
-    "Whether it holds a run of that recipe that isn't finished."
-    try: record = read_record(folder)
-    except (FileNotFoundError, ValueError): return False
-    return record.get('recipe') == recipe_name(recipe) and record.get('status') in UNFINISHED and (folder/'checkpoints'/'last.ckpt').is_file()
+def _what_can_go_on(root: str | Path, recipe: str) -> str:
+    "The unfinished runs of a recipe, for the end of a message; nothing if there are none."
+    names = []
+    for path in sorted(Path(root).glob('*/checkpoints/last.ckpt')):
+        with suppress(OSError, ValueError):  # a damaged record, or a stranger's
+            record = read_record(path.parent.parent)
+            if record.get('recipe') == recipe_name(recipe) and record.get('status') in UNFINISHED: names.append(path.parent.parent.name)
+    return f'; what can go on: {", ".join(f"--name {name} --resume" for name in names)}' if names else ''
 
-def _check_changes(folder: Path, cli: RecipeCLI) -> None:
+def _check_changes(before: Namespace, now: Namespace, folder: Path) -> None:
     "ValueError for changes to a run that goes on by which its record would say of all epochs what holds for some."
-    def fixed(config: dict) -> dict:
+    def fixed(config: Namespace) -> dict:
         free = dict(model=('compile',), data=('data', 'num_workers'))  # whether the data is other data, the checkpoint knows
-        parts = {f'{part}.{name}': value for part, names in free.items() for name, value in config[part].items() if name not in names}
-        trainer = 'accumulate_grad_batches', 'callbacks', 'gradient_clip_algorithm', 'gradient_clip_val', 'limit_train_batches', 'limit_val_batches', 'overfit_batches'
-        return {'seed_everything': config['seed_everything'], **parts, **{f'trainer.{name}': config['trainer'].get(name) for name in trainer}}
-    then, now = map(fixed, map(yaml.safe_load, ((folder/'config.yaml').read_text(encoding='utf-8'), cli.parser.dump(cli.config))))
+        parts = {f'{part}.{name}': value for part, names in free.items() for name, value in config[part].as_dict().items() if name not in names}
+        trainer = ('accumulate_grad_batches', 'callbacks', 'gradient_clip_algorithm', 'gradient_clip_val', 'limit_train_batches', 'limit_val_batches', 'overfit_batches', 'sync_batchnorm')
+        return {'seed_everything': config.seed_everything, **parts, **{f'trainer.{name}': config.trainer[name] for name in trainer}}
+    then, given = fixed(before), fixed(now)
     for name in then:
-        if then[name] != now.get(name):
-            raise ValueError(f'{name} is {then[name]} in {folder} and can\'t become {now.get(name)}: the epochs so far were trained with the former; resume it without that change, or start a new run')
+        if repr(then[name]) != repr(given[name]):  # one batch, 1, isn't all of them, 1.0
+            raise ValueError(f'{name} is {then[name]} in {folder} and can\'t become {given[name]}: the epochs so far were trained with the former; resume it without that change, or start a new run')
 
 def _check_run(trainer: Trainer, model: Classifier, data: CIFARDataModule) -> None:
     "ValueError for what would leave a run without a best epoch, a test or a record."

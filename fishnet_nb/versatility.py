@@ -169,9 +169,10 @@ def run_contender(
     "Train a network with three heads on a CPU, test it, and write name-seed-….json. ValueError for an unknown name."
     if name not in CONTENDERS: raise ValueError(f'{name!r} is unknown: there are {", ".join(CONTENDERS)}')
     arch, arch_args, pixels = CONTENDERS[name]
+    training = to_batch(make_shapes(5000, TRAINING_SEED))
     torch.manual_seed(seed)
     model, began = _three_heads(create_model(arch, num_classes=0, **arch_args), pixels), time.perf_counter()
-    train_heads(model, to_batch(make_shapes(5000, TRAINING_SEED)), steps, seed)
+    train_heads(model, training, steps, seed)
     return _record(name, model, (arch, arch_args), seed, steps, began, root)
 
 def run_frozen(
@@ -181,7 +182,7 @@ def run_frozen(
     root: str | Path = 'results/versatility',  # where the records go
 ) -> list[Path]:  # the records
     """Train a backbone for the classes alone on a CPU, then heads on it, which stays as it is, with the pixels told in each of the three ways.
-    Tests each and writes network-….-frozen-seed-….json. ValueError for an unknown network."""
+    Tests each and writes network-…-frozen-seed-….json, whose `wall_s` counts from the backbone's first step. ValueError for an unknown network."""
     if f'{network}-all' not in CONTENDERS: raise ValueError(f'{network!r} is unknown: there are fishnet, resnet')
     arch, arch_args, _ = CONTENDERS[f'{network}-all']
     training = to_batch(make_shapes(5000, TRAINING_SEED))

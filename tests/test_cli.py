@@ -294,6 +294,7 @@ def test_run_is_named_alike_everywhere(inside, capsys):
     for run in 'tiny', 'results/tiny', 'results/tiny/checkpoints/best.ckpt':
         assert main(['predict', 'here.png', '--checkpoint', run]) == 0
         assert main(['export', run, '--out', 'mine.safetensors']) == 0
+    assert main(['export', 'results/tiny/checkpoints/last.ckpt']) == 2 and 'name a run, its folder or its checkpoints/best.ckpt' in capsys.readouterr().err
     assert main(['predict', 'here.png', '--checkpoint', 'nothing']) == 2 and 'neither a checkpoint nor a run' in capsys.readouterr().err
     Path('predictions.png').write_text('mine')
     assert main(['test', 'mine.safetensors']) == 0 and 'mine-predictions.png' in capsys.readouterr().out
@@ -314,7 +315,7 @@ def test_bench_writes_its_record_and_its_plot(inside, capsys, monkeypatch):
 
 
 def test_ctrl_c_leaves_a_run_that_the_printed_command_resumes(work):
-    args = ['fit', 'quick', '--name', 'tiny', '--trainer.max_epochs=500', *TINY]  # the name is taken: this run is tiny-2
+    args = ['fit', 'quick', '--name', 'tiny', '--trainer.max_epochs=500', '--model.schedule=step', '--model.lr=0.001', *TINY]  # the name is taken: this run is tiny-2
     process = start(*args, cwd=work)
     while process.poll() is None and not (work/'results'/'tiny-2'/'checkpoints'/'last.ckpt').exists(): time.sleep(.05)
     process.send_signal(signal.SIGINT)

@@ -19,7 +19,7 @@ from fishnet_nb.testing import test_run as run_test
 from fishnet_nb import training
 from fishnet_nb.shapes import write_shapes
 from fishnet_nb.training import (Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, fit, list_recipes, load_classifier, quiet_lightning,
-                                 read_checkpoint, read_metrics, read_record, recipe_path, run_folder)
+                                 read_checkpoint, read_metrics, read_record, recipe_path, results_table, run_folder)
 
 from runs import TINY, figures, finish, Run, start, wait_for_epochs
 
@@ -72,8 +72,8 @@ def test_run_killed_in_its_test_is_tested_when_resumed(work, straight):
 
 
 def test_run_is_not_trained_twice_at_once(work):
-    "The second process says so and leaves the first alone, also one that holds the run before its first epoch."
-    args = ('--name=busy', '--trainer.max_epochs=1000', *TINY)
+    "The second process says so and leaves the first alone."
+    args = ('--name=busy', '--trainer.max_epochs=1000', '--model.schedule=step', '--model.lr=0.001', *TINY)
     process = Run(work, *args)
     folder = work/'results'/'busy'
     wait_for_epochs(process, folder, 1)
@@ -101,6 +101,7 @@ def test_record_of_a_resumed_run_says_where_its_epochs_came_from(work):
     finish(Run(work, '--name=elsewhere', '--resume', f'--trainer.max_epochs={n + 4}'))
     record = read_record(folder)
     assert len(record['earlier']) == 3 and record['device'] == stated['device'] and record['earlier'][0]['versions'] == stated['versions']
+    assert results_table([record]).endswith(f'| a card; then another card; then {stated["device"]} |')
 
 
 def test_averaged_weights_are_those_that_are_tested(work, straight, monkeypatch):
@@ -204,6 +205,10 @@ def test_a_trained_network_can_be_trained_anew_for_longer(tmp_path):
         trainer(2).fit(classifier, batches)
         trainer(2).fit(Classifier.load_from_checkpoint(tmp_path/'one.ckpt', weights_only=True), batches)
         with pytest.raises(ValueError, match='ends after 2 steps, and now there would be 4'): trainer(2).fit(classifier, batches, ckpt_path=tmp_path/'one.ckpt')
+        second = trainer(2)
+        second.fit(classifier, batches)
+        second.save_checkpoint(tmp_path/'two.ckpt')
+        with pytest.raises(ValueError, match='ends after 4 steps, and now there would be 2'): trainer(1).fit(classifier, batches, ckpt_path=tmp_path/'two.ckpt')
 
 
 def test_training_does_not_go_on_with_another_network(tmp_path):
@@ -250,7 +255,7 @@ def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatc
     assert json.loads((work/'results'/'twice-2'/'record.json').read_text())['name'] == 'twice-2'
     monkeypatch.chdir(work)
     files = {path: path.read_bytes() for path in (work/'results'/'twice').glob('*.*')}
-    with pytest.raises(ValueError, match='one-cycle schedule of this run ends after 1 steps, and now there would be [0-9]+'): fit('quick', ['--trainer.max_epochs=2'], name='twice', resume=True)
+    with pytest.raises(ValueError, match='one-cycle schedule of this run ends after 1 steps, and now there would be [0-9]+: resume it with the epochs'): fit('quick', ['--trainer.max_epochs=2'], name='twice', resume=True)
     for change, told in {'--model.arch=fishnet99': "model.arch is fishnet73 in results/twice and can't become fishnet99", '--model.lr=0.5': 'model.lr is 0.1', '--model.schedule=step': 'model.schedule is onecycle',
                          '--seed_everything=7': 'seed_everything is 42', '--data.val_fraction=0.5': 'data.val_fraction is 0.1', '--data.batch_size=8': 'data.batch_size is 32', '--trainer.accumulate_grad_batches=2': 'trainer.accumulate_grad_batches is 1'}.items():
         with pytest.raises(ValueError, match=told): fit('quick', [change], name='twice', resume=True)
