@@ -67,7 +67,7 @@ def small_disk(tmp_path) -> Path:
 def test_full_disk_leaves_a_run_that_goes_on(tmp_path, small_disk):
     (tmp_path/'data').mkdir()  # for the shapes
     (tmp_path/'results').symlink_to(small_disk)
-    process = Run(tmp_path, '--trainer.max_epochs=1000', '--trainer.limit_train_batches=2', *TINY)
+    process = Run(tmp_path, '--trainer.max_epochs=1000', '--trainer.limit_train_batches=2', '--model.schedule=step', *TINY)
     checkpoints = small_disk/'quick'/'checkpoints'
     wait_until(lambda: process.poll() is not None or (checkpoints/'last.ckpt').exists())
     fill(small_disk/'filler')

@@ -73,7 +73,7 @@ def test_run_killed_in_its_test_is_tested_when_resumed(work, straight):
 
 def test_run_is_not_trained_twice_at_once(work):
     "The second process says so and leaves the first alone."
-    args = ('--name=busy', '--trainer.max_epochs=1000', '--model.schedule=step', '--model.lr=0.001', *TINY)
+    args = ('--name=busy', '--trainer.max_epochs=1000', '--trainer.limit_train_batches=40', '--model.schedule=step', '--model.lr=0.001', *TINY)
     process = Run(work, *args)
     folder = work/'results'/'busy'
     wait_for_epochs(process, folder, 1)
