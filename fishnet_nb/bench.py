@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from itertools import cycle, islice
+from itertools import chain, cycle, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,17 +138,18 @@ def kept_bytes(
 def data_rate(
     batches: Iterable[dict],  # such as a DataLoader gives
     seconds: float = 1.0,  # how long to count, unless the batches end before
+    n_start: int = 2,  # batches that don't count, for the start
 ) -> float:  # images per second
-    "How many images per second the input delivers, after two batches for the start. ValueError if there are no more than these."
+    "How many images per second the input delivers. ValueError if there are no more batches than those for the start."
     batches = iter(batches)
-    for _ in islice(batches, 2): pass
+    for _ in islice(batches, n_start): pass
     _wait()
     n, start = 0, time.perf_counter()
     for batch in batches:
         n += len(batch['label'])
         if time.perf_counter() - start >= seconds: break
     _wait()
-    if not n: raise ValueError('there are only two batches: take smaller ones')
+    if not n: raise ValueError(f'there are no more than {n_start} batches: take smaller ones')
     return n/(time.perf_counter() - start)
 
 # %% ../nbs/10_speed.ipynb #7f28d572
@@ -224,7 +225,10 @@ def input_rates(
     data = available_data()
     single, batched = (CIFARDataModule(data, batch_size, on_device=on_device).train_dataloader() for on_device in (False, True))
     batched.dataset.images, batched.dataset.labels = batched.dataset.images.to(device), batched.dataset.labels.to(device)
-    return dict(data=data, workers=single.num_workers, albumentations=round(data_rate(single, seconds), 1), on_device=round(data_rate(batched, seconds), 1))
+    epochs = lambda loader: chain.from_iterable(repeat(loader))
+    found = {name: round(data_rate(epochs(loader), seconds, 2 + loader.num_workers*(loader.prefetch_factor or 0)), 1)  # what the workers made before doesn't count
+             for name, loader in [('albumentations', single), ('on_device', batched)]}
+    return dict(data=data, workers=single.num_workers) | found
 
 # %% ../nbs/10_speed.ipynb #f36ac8e2
 def read_bench(

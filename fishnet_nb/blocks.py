@@ -133,11 +133,11 @@ def reduce_channels(
     x: Tensor,  # [N, C, H, W]
     k: int,  # how many adjacent channels are summed; divides C
 ) -> Tensor:  # [N, C/k, H, W]
-    "r(x) of Sun et al. 2018, eq. (8): the sum of each k adjacent channels. ValueError if k doesn't divide C, or for another shape."
+    "r(x) of Sun et al. 2018, eq. (8) without its misprint: the sum of each k adjacent channels. ValueError if k doesn't divide C, or for another shape."
     if not isinstance(x, torch.fx.Proxy):  # what torch.fx traces has no numbers yet
         if x.ndim != 4: raise ValueError(f'a tensor of shape {list(x.shape)}: a batch [N, C, H, W] is expected')
         _check_k(k, x.shape[1])
-    return sum((x[:, j::k] for j in range(1, k)), start=x[:, ::k])  # (8)  x̂(n) = Σ_{j<k} x(k·n + j)
+    return sum((x[:, j::k] for j in range(1, k)), start=x[:, ::k])  # (8')  x̂(n) = Σ_{j<k} x(k·n + j)
 
 
 # %% ../nbs/02_blocks.ipynb #60ce1164

@@ -72,22 +72,22 @@ def _run_fit(args: argparse.Namespace) -> int:
     its optimiser, --data.… for the images, --trainer.… for what Lightning's Trainer takes."""
     from pytorch_lightning.utilities import rank_zero_only
     from fishnet_nb.training import fit, recipe_name
-    with _resumable(args.recipe, Path('results')/(args.name or recipe_name(args.recipe)) if args.resume else None):
+    with _resumable(f'fit {shlex.quote(args.recipe)}', Path('results')/(args.name or recipe_name(args.recipe)) if args.resume else None):
         try: folder = fit(args.recipe, args.changes, args.name, args.resume)
         except ValueError as error: raise ValueError(f'{error}{_near_change(args.changes, str(error))}') from error
     if not rank_zero_only.rank: print(_outcome(folder))
     return 0
 
 @contextmanager
-def _resumable(recipe: str, earlier: Path | None = None) -> Iterator[None]:
-    "Says how to go on, should the run be stopped: one of that recipe, or an earlier one that was to go on."
+def _resumable(command: str, earlier: Path | None) -> Iterator[None]:
+    "Says how to go on by that command, should the run be stopped: a new one, or an earlier one that was to go on."
     try: yield
     except KeyboardInterrupt as error:
         from pytorch_lightning.utilities import rank_zero_only
         if isinstance(error.__cause__, BrokenPipeError): _drop_output()
         if rank_zero_only.rank: raise  # the first rank knows the folder
         folder = getattr(error, 'folder', earlier)
-        how = f'go on by: fishnet-nb fit {shlex.quote(recipe)} --name {shlex.quote(os.path.relpath(folder, "results"))} --resume' if folder else 'nothing was trained yet'
+        how = f'go on by: fishnet-nb {command} --name {shlex.quote(os.path.relpath(folder, "results"))} --resume' if folder else 'nothing was trained yet'
         raise KeyboardInterrupt(f'{str(error) or "stopped"}; {how}') from None
 
 def _outcome(folder: Path) -> str:
@@ -161,7 +161,7 @@ def _compare(
 def _next(data: str) -> str:
     "What to do after a run."
     real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it, in an hour or more on two cores. ' if data == 'shapes' else ''
-    return f'Next: `make lab` opens the notebooks that explain all of this. {real}With a GPU, `fishnet-nb fit student` trains FishNet-99.'
+    return f'Next: the notebooks explain all of this; in a checkout of the project `make lab` opens them. {real}With a GPU, `fishnet-nb fit student` trains FishNet-99.'
 
 # %% ../nbs/cli.ipynb #1d62f38e
 def _run_predict(args: argparse.Namespace) -> int:
@@ -301,13 +301,18 @@ def _run_reproduce(args: argparse.Namespace) -> int:
     other hardware or another number of threads, rounding alone makes two runs differ by some tenths of a percentage point."""
     from pytorch_lightning.utilities import rank_zero_only
     from fishnet_nb.training import NOT_FINITE, fit, read_record
-    stated = read_record(args.name)
-    name, recipe, config = _repeatable(stated, args.name)
+    stated = read_record(args.stated)
+    name, recipe, config = _repeatable(stated, args.stated)
     _check_data(stated, config['data'], args.other_data)
-    with tempfile.TemporaryDirectory() as scratch, _resumable(recipe):
+    new = Path(args.name or f'{name}-reproduced')
+    folder = new if new.parent == Path('results') else Path('results')/new  # given as it is printed, or by its name
+    if args.resume and (folder/'record.json').is_file() and not _agree(_hyperparameters(read_record(folder)), config):
+        raise ValueError(f'{folder} has other hyperparameters than {args.stated}, so it can\'t reproduce it: give the --name of the run that was stopped')
+    given = ['reproduce', args.stated, *['--other-data']*args.other_data, *['--tolerance', f'{args.tolerance:g}']*(args.tolerance != _TOLERANCE)]
+    with tempfile.TemporaryDirectory() as scratch, _resumable(shlex.join(given), folder if args.resume else None):
         path = Path(scratch)/f'{recipe}.yaml'
         path.write_text(json.dumps(config), encoding='utf-8')  # JSON is YAML
-        try: folder = fit(str(path), name=f'{name}-reproduced')
+        try: folder = fit(str(path), name=os.path.relpath(folder, 'results'), resume=args.resume)
         except FloatingPointError as error:
             if stated['status'] != NOT_FINITE: raise
             if not rank_zero_only.rank: print(f'reproduced: {error}')
@@ -326,6 +331,7 @@ def _run_reproduce(args: argparse.Namespace) -> int:
     return int(difference > args.tolerance)
 
 _ERRORS = ('top1_error', 'top-1 error'), ('top5_error', 'top-5 error')
+_TOLERANCE = .02  # a share of the test images
 
 def _circumstances(stated: dict, found: dict) -> list[tuple[str, str, str]]:
     "What may make two runs differ: device, commit and PyTorch, where they are not the same."
@@ -343,18 +349,29 @@ def _repeatable(
     from fishnet_nb.training import NOT_FINITE
     try:
         if record['status'] not in ('finished', NOT_FINITE): raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
-        hparams, _ = record['hparams'], (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
-        augment = {True: 'student', False: 'none'}.get(hparams['data']['augment'], hparams['data']['augment'])  # the first records only say whether
-        config = {'seed_everything': hparams['seed_everything'],
-                  'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
-                  'data': {key: value for key, value in hparams['data'].items() if key != 'seed'} | {'augment': augment},  # follows from the seed of all
-                  'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and (key, value) != ('enable_progress_bar', True)}}  # a terminal's
+        config, _ = _hyperparameters(record), (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
         if record['status'] == 'finished' and not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
         foreign = [str(key) for key in set(config['trainer']) - set(inspect.signature(Trainer).parameters)]
         for key in 'accelerator', 'callbacks', 'logger', 'plugins', 'profiler', 'strategy': foreign += _foreign(config['trainer'].get(key))
         if foreign: raise ValueError(f'{given} is refused: it names {", ".join(foreign)}, by which code could be imported; if you trust it, train by a recipe of your own that names it')
         return Path(record['name']).name, Path(record['recipe']).name, config
     except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type') from None
+
+def _hyperparameters(
+    record: dict,  # from `read_record`
+) -> dict:
+    "A record's hyperparameters as a recipe has them. KeyError, TypeError or AttributeError for what is no record."
+    hparams = record['hparams']
+    augment = {True: 'student', False: 'none'}.get(hparams['data']['augment'], hparams['data']['augment'])  # the first records only say whether
+    return {'seed_everything': hparams['seed_everything'],
+            'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
+            'data': {key: value for key, value in hparams['data'].items() if key != 'seed'} | {'augment': augment},  # follows from the seed of all
+            'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and key != 'enable_progress_bar'}}  # follows from the terminal
+
+def _agree(found: dict, stated: dict) -> bool:
+    "Whether hyperparameters are the same, but for those that there were not yet when the others were stated."
+    parts = 'model', 'data', 'trainer'
+    return found['seed_everything'] == stated['seed_everything'] and all(found[part].get(key) == value for part in parts for key, value in stated[part].items())
 
 def _foreign(value: object) -> list[str]:
     "Texts in an argument of the trainer that might name something to import: all but words and folders, and Lightning's own classes."
@@ -474,8 +491,10 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
 def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     "The command `reproduce`."
     reproduce = _add(commands, _run_reproduce, 'fishnet-nb reproduce quick')
-    reproduce.add_argument('name', metavar='NAME', help="a run's name in results/, or its folder")
-    reproduce.add_argument('--tolerance', metavar='SHARE', type=_share, default=.02, help='largest difference of the top-1 errors, from 0 to 1; 0.02 by default')
+    reproduce.add_argument('stated', metavar='RUN', help="a run's name in results/, or its folder")
+    reproduce.add_argument('--name', help="the new run's folder in results/; that of RUN with -reproduced by default, and -2, -3 … if that is taken")
+    reproduce.add_argument('--resume', action='store_true', help='go on with that new run after its last complete epoch')
+    reproduce.add_argument('--tolerance', metavar='SHARE', type=_share, default=_TOLERANCE, help=f'largest difference of the top-1 errors, from 0 to 1; {_TOLERANCE} by default')
     reproduce.add_argument('--other-data', action='store_true', help='go on although the data at hand is not that of the record')
 
 # %% ../nbs/cli.ipynb #d50aa083

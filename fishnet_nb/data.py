@@ -247,8 +247,9 @@ class CIFAR(NamedTuple):
 
 # %% ../nbs/01_data.ipynb #67c3b161
 def data_root() -> Path:
-    "`data` in the working folder or in the one above, where the notebooks find it; `data` when there is none yet."
-    return next((root for root in (Path('data'), Path('..')/'data') if root.is_dir()), Path('data'))
+    "`data` in the working folder, or from a folder of the project in the one above, where the notebooks find it; `data` when there is none yet."
+    is_inside = (Path('..')/'settings.ini').is_file()  # or the folder above is somebody else's
+    return next((root for root in (Path('data'), *[Path('..')/'data']*is_inside) if root.is_dir()), Path('data'))
 
 def available_data() -> str:
     "'cifar10' if it has been given, by FISHNET_DATA or in `data`, be it whole or not; otherwise 'shapes'."
@@ -478,7 +479,7 @@ class CIFARDataset(Dataset):
         images: np.ndarray,  # uint8[N, 3, H, W]
         labels: np.ndarray,  # int64[N]
         transform: A.Compose | None = None,  # None: `test_transform()`
-        seed: int | None = None,  # given, the transform draws from (seed, epoch, index)
+        seed: int | None = None,  # given, an image's draw depends on (seed, epoch, index) alone, with an `EpochSampler` for the epoch; None: PyTorch's generator decides
     ):
         images = _checked(images)
         if len(images) != len(labels): raise ValueError(f'{len(images)} images and {len(labels)} labels; each image needs one label')
@@ -498,7 +499,7 @@ class CIFARDataset(Dataset):
         "One image, transformed, and its label. Raises IndexError."
         epoch, i = at if isinstance(at, tuple) else (0, at)
         i = range(len(self))[i]
-        if self.seed is not None: self._reseed((self.seed << 64) + (epoch << 32) + i)
+        self._reseed(int(torch.randint(2**63 - 1, ())) if self.seed is None else (self.seed << 64) + (epoch << 32) + i)
         img = self.transform(image=self.images[i].transpose(1, 2, 0))['image']
         return dict(img=img, label=torch.tensor(self.labels[i]))
 
@@ -734,11 +735,12 @@ class CIFARDataModule(LightningDataModule):
         return data_sha256(self.cifar)
 
     def state_dict(self) -> dict:
-        "For a checkpoint: the epoch that follows, and which data it is."
-        return dict(first_epoch=self.trainer.fit_loop.epoch_progress.current.processed, sha256=self.sha256) if self.trainer else {}
+        "For a checkpoint: the epoch that follows, which data it is, and the names of its classes."
+        return dict(first_epoch=self.trainer.fit_loop.epoch_progress.current.processed, sha256=self.sha256, classes=list(self.classes)) if self.trainer else {}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        "Raises ValueError for the checkpoint of a run on other data."
+        "Raises ValueError for training that would go on with the checkpoint of a run on other data; it may be tested on any."
+        if self.trainer and self.trainer.state.fn != 'fit': return
         if (earlier := state_dict.get('sha256', self.sha256)) != self.sha256:
             raise ValueError(f'the checkpoint is of a run on other data, of SHA-256 {earlier[:12]}…, and at hand is {self.data_info()["description"]} ({self.sha256[:12]}…): '
                              'point FISHNET_DATA to the data it was trained on, or train without --resume')

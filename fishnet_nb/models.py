@@ -45,17 +45,18 @@ class FishNet(nn.Module):
         transfer_shortcut: bool = False,  # T, the transferring block, has a shortcut, as in the paper
         repeat_shortcut: bool = False,  # where the tail's channels multiply, its shortcuts repeat them instead of a 1×1 convolution
         bridge: bool = True,  # the tail's last block has squeeze-and-excitation
+        features_only: bool = False,  # give the list of features instead of scores, and have no classifier
     ):
         super().__init__()
         widths = check_widths(widths, n_least=2)
         plan, n = plan_channels(widths, k), len(widths)
         body = check_depths((1,)*(n-1) if body is None else body, n-1, 'body')
         head = check_depths((1,)*n if head is None else head, n, 'head')
-        check_switches(transfer_shortcut=transfer_shortcut, repeat_shortcut=repeat_shortcut)
+        check_switches(transfer_shortcut=transfer_shortcut, repeat_shortcut=repeat_shortcut, features_only=features_only)
         self.tail = Tail(widths, tail, in_channels, preact, bridge, stem_stride, repeat_shortcut)
         self.body = Body(plan.carried[:n-1], plan.transferred[:n-1], body, k, preact, transfer_shortcut)
         self.head = Head(plan.carried[n-1:-1], plan.transferred[n-1:], head, preact, transfer_shortcut)
-        self.classifier = make_classifier(plan.carried[-1], num_classes, bias=False, final_norm=final_norm)
+        self.classifier = None if features_only else make_classifier(plan.carried[-1], num_classes, bias=False, final_norm=final_norm)
         self.feature_channels = plan.carried[n:]
         self.feature_strides = self.tail.strides
         self.apply(init_weights)
@@ -66,8 +67,9 @@ class FishNet(nn.Module):
         joined, x = self.body(features)
         return self.head(x, [features[0], *joined[:0:-1], features[-2]])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.forward_features(x)[-1])
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        features = self.forward_features(x)
+        return features if self.classifier is None else self.classifier(features[-1])
 
 # %% ../nbs/06_fishnet.ipynb #293f9b7d
 def _architectures() -> dict[str, tuple[type[nn.Module], dict]]:
@@ -97,17 +99,18 @@ def create_model(
     num_classes: int = 10,  # scores to give; 0 gives the pooled feature instead
     in_channels: int = 3,  # channels of the image
     pretrained: bool = False,  # with the weights of that name in the package, and the arguments that belong to them
+    features_only: bool = False,  # give the list of features instead of scores, and have no classifier
     **kwargs,  # further arguments of `FishNet` or `ResNet`
-) -> nn.Module:  # [N, in_channels, H, W] -> [N, num_classes]
+) -> nn.Module:  # [N, in_channels, H, W] -> [N, num_classes], or the list of features
     "A model by name. ValueError for an unknown name, numbers that don't fit or weights that aren't there; TypeError for an unknown argument."
     make, depths = _lookup(name)
     check_switches(pretrained=pretrained)
     allowed = inspect.signature(make).parameters
     if unknown := set(kwargs) - set(allowed):
         raise TypeError(f'{name} has no argument {", ".join(sorted(unknown))}: it takes {", ".join(allowed)}')
-    if pretrained: return _create_pretrained(name, num_classes, in_channels, **kwargs)
+    if pretrained: return _create_pretrained(name, num_classes, in_channels, features_only, **kwargs)
     given = {key: value for key, value in kwargs.items() if value is not None}
-    return make(**{**depths, **given}, num_classes=num_classes, in_channels=in_channels)
+    return make(**{**depths, **given}, num_classes=num_classes, in_channels=in_channels, features_only=features_only)
 
 # %% ../nbs/06_fishnet.ipynb #a6e02165
 class StageRow(NamedTuple):
@@ -140,14 +143,14 @@ def watch_stages(
     side: int = 32,  # side of the image, px
 ) -> list[StagePass]:
     "What each stage gets and gives while an image passes, in that order."
-    seen, was_training = [], model.training
+    seen, modes = [], {module: module.training for module in model.modules()}
     def note(name): return lambda stage, inputs, output: seen.append(StagePass(name, stage, inputs, output))
     hooks = [stage.register_forward_hook(note(name)) for name, stage in named_stages(model).items()]
     try:
         with torch.no_grad(): model.eval().forward_features(next(model.parameters()).new_zeros(1, model.tail.in_channels, side, side))
     finally:
         for hook in hooks: hook.remove()
-        model.train(was_training)
+        for module, is_training in modes.items(): module.training = is_training
     return seen
 
 def stage_table(
@@ -209,8 +212,12 @@ def save_weights(
     path: str | Path,  # a .safetensors file
     about: dict,  # arch, arch_args, num_classes, in_channels, classes, and what else is known of them; plain values
 ) -> Path:
-    "Write a model's weights and what they belong to; until all is written, an earlier file stays. FileNotFoundError if there is no such folder."
+    """Write a model's weights and what they belong to, also those of a model that is compiled or trained on several devices; until all is written, an
+    earlier file stays. FileNotFoundError if there is no such folder, ValueError if `about` doesn't say what a reader needs."""
     from safetensors.torch import save_file
+    if missing := [key for key in ('arch', 'arch_args', 'in_channels') if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
+    if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
+    model = getattr(model, '_orig_mod', model)  # of a model from torch.compile
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     with replacing(path) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
@@ -229,16 +236,18 @@ def read_weights(
 def load_weights(
     path: str | Path,  # a .safetensors file written by `save_weights`
     num_classes: int | None = None,  # another number than the weights': then the last layer is new, or absent for 0
+    features_only: bool = False,  # without the classifier, for the features
 ) -> nn.Module:  # in training mode, as every new module
     "The model that weights belong to, with the weights. FileNotFoundError, or ValueError for weights that don't fit."
     weights, about = read_weights(path)
     if num_classes is not None and not is_whole(num_classes, 0): raise ValueError(f'num_classes={num_classes!r}: a whole number is expected, 0 for none')
-    try: model = create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **(about['arch_args'] or {}))
+    try: model = create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **(about['arch_args'] or {}) | {'features_only': features_only})
     except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
-    last = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
-    left_out = {name for name in (*weights, *model.state_dict()) if name.startswith(last)} if num_classes not in (None, about.get('num_classes')) else set()
-    kept = {name: tensor for name, tensor in weights.items() if name not in left_out}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in left_out}
+    left_out = ()  # what the names begin with
+    if features_only: left_out = 'classifier.'
+    elif num_classes not in (None, about.get('num_classes')): left_out = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(left_out)}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
     found = {name: tensor.shape for name, tensor in kept.items()}
     if wrong := sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name)):
         raise ValueError(f'{path} does not fit a {about["arch"]} with {about["arch_args"]}: {len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them; '
@@ -263,7 +272,7 @@ def pretrained_path(
         raise ValueError(f'{path} is missing or damaged: its SHA-256 is not {known[name]}; install the package again')
     return path
 
-def _create_pretrained(name: str, num_classes: int, in_channels: int, **kwargs) -> nn.Module:
+def _create_pretrained(name: str, num_classes: int, in_channels: int, features_only: bool, **kwargs) -> nn.Module:
     "A model with the package's weights. ValueError for arguments that don't belong to them."
     make, depths = _lookup(name)
     path = pretrained_path(name)
@@ -274,4 +283,4 @@ def _create_pretrained(name: str, num_classes: int, in_channels: int, **kwargs) 
     for key, value in {**kwargs, 'in_channels': in_channels}.items():
         if value is not None and plain(value) != plain(expected.get(key)):
             raise ValueError(f'{key}={value}: the weights of {name} belong to {about["arch_args"]} and {about["in_channels"]} input channels')
-    return load_weights(path, num_classes)
+    return load_weights(path, num_classes, features_only)

@@ -129,11 +129,13 @@ class ResNet(nn.Module):
         num_classes: int = 10,  # scores to give; 0 gives the pooled feature instead
         in_channels: int = 3,  # channels of the image
         stem_stride: int = 1,  # of the first convolution, in the pre-activation form; all features are that much coarser
+        features_only: bool = False,  # give the list of features instead of scores, and have no classifier
     ):
         super().__init__()
         widths = check_widths(widths)
+        check_switches(features_only=features_only)
         self.tail = Tail(widths, tail, in_channels, preact, bridge=False, stem_stride=stem_stride)
-        self.classifier = make_classifier(widths[-1], num_classes, final_norm=final_norm)
+        self.classifier = None if features_only else make_classifier(widths[-1], num_classes, final_norm=final_norm)
         self.feature_channels = widths
         self.feature_strides = self.tail.strides
         self.apply(init_weights)
@@ -143,5 +145,6 @@ class ResNet(nn.Module):
         *features, _, last = self.tail(x)
         return [*features, last]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.forward_features(x)[-1])
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        features = self.forward_features(x)
+        return features if self.classifier is None else self.classifier(features[-1])

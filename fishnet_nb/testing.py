@@ -24,7 +24,7 @@ from torch import Tensor
 from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, are_class_names, find_data, read_classes
 from .models import load_weights, pretrained_path, read_weights, save_weights
 from .shapes import SHAPE_CLASSES
-from .training import (UNFINISHED, Classifier, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
+from .training import (NOT_FINITE, UNFINISHED, Classifier, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
                                  write_atomically)
 
 # %% ../nbs/08_testing.ipynb #3c0d9988
@@ -79,6 +79,7 @@ def find_checkpoint(
         record = read_record(folder)
         if record['status'] in UNFINISHED and not read_metrics(folder/'metrics.csv'):
             raise FileNotFoundError(f'{run!s} has no checkpoint yet, since its first epoch is not done: go on by `fishnet-nb fit {record["recipe"]} --name {os.path.relpath(folder, root)} --resume`')
+        if record['status'] == NOT_FINITE: raise FileNotFoundError(f'{run!s} was {NOT_FINITE}, before there was a checkpoint: train again with a lower learning rate, or by another recipe')
         raise FileNotFoundError(f'{run!s} is a record without checkpoints/best.ckpt, since records are kept without their checkpoints: '
                                 f'train again, by `fishnet-nb reproduce {run!s}`, or name another run')
     known = sorted(path.parent.parent.name for path in Path(root).glob('*/checkpoints/best.ckpt'))
@@ -97,8 +98,8 @@ def test_run(
     path = pretrained_path('fishnet73') if run is None else find_checkpoint(run, root)
     classifier, classes = load_trained(path)
     module = CIFARDataModule(data or trained_on(path), val_fraction=0, num_workers=0)
-    if module.num_classes != len(classes): raise ValueError(f'{path} tells {len(classes)} classes apart, and the data has {module.num_classes}: name its data by --data')
-    if data is None and path.suffix == '.safetensors' and module.classes != classes: raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: name its data by --data')
+    if module.num_classes != len(classes): raise ValueError(f'{path} tells {len(classes)} classes apart, and the data has {module.num_classes}: {"name its data by" if data is None else "give other data to"} --data')
+    if data is None and module.classes != classes: raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: name its data by --data')
     return evaluate(classifier.to(best_device()), module.test_dataloader()), module
 
 def trained_on(
@@ -145,8 +146,12 @@ def load_trained(
 def class_names(
     path: str | Path,  # a .ckpt file
 ) -> tuple[str, ...]:
-    "The name of each score that the classifier in a checkpoint gives."
-    data, n = trained_on(path), read_checkpoint(path)['hyper_parameters'].get('num_classes', 10)
+    "The name of each score that the classifier in a checkpoint gives. ValueError for a file that names them wrongly."
+    content, data = read_checkpoint(path), trained_on(path)
+    n, state = content['hyper_parameters'].get('num_classes', 10), content.get('CIFARDataModule')
+    if isinstance(state, dict) and 'classes' in state:  # the first checkpoints hold no names
+        if not are_class_names(state['classes']) or len(state['classes']) != n: raise ValueError(f'{path} is refused: what it names as classes is not a list of {n} names')
+        return tuple(state['classes'])
     if data in ('cifar10', 'shapes'): names = SHAPE_CLASSES if data == 'shapes' else CIFAR_CLASSES
     else:
         try: names = read_classes(find_data(data)/'batches.meta')

@@ -48,8 +48,9 @@ from torch import nn, Tensor
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from . import __version__
 from .data import CIFARDataModule
-from .models import count_complexity, create_model, replacing
+from .models import count_complexity, create_model, pretrained_path, read_weights, replacing
 from .blocks import check_switches
 
 # %% ../nbs/07_training.ipynb #6d2e759b
@@ -88,16 +89,19 @@ class Classifier(LightningModule):
         label_smoothing: float = 0.0,  # of the training loss
         mirror: bool = False,  # validate and test by the mean confidence of an image and its mirror image
         compile: bool = False,  # torch.compile the network; needs a C++ compiler on a CPU, a C compiler and Python's headers on a GPU
+        pretrained: bool = False,  # begin with the weights of that model in the package, and with the arguments that belong to them
     ):
         super().__init__()
         for name, given, allowed in [('optimizer', optimizer, ('adam', 'sgd')), ('schedule', schedule, ('step', 'onecycle'))]:
             if given not in allowed: raise ValueError(f'{name}={given!r}: allowed are {", ".join(map(repr, allowed))}')
         if not 0 <= label_smoothing <= 1: raise ValueError(f'label_smoothing={label_smoothing}: allowed is 0 to 1')
-        check_switches(mirror=mirror, compile=compile)
-        if own := {'num_classes', 'in_channels'} & set(arch_args or {}): raise ValueError(f'arch_args has no {", ".join(sorted(own))}: classes and channels of images are arguments of their own')
+        check_switches(mirror=mirror, compile=compile, pretrained=pretrained)
+        if own := {'num_classes', 'in_channels', 'pretrained'} & set(arch_args or {}): raise ValueError(f'arch_args has no {", ".join(sorted(own))}: that is an argument of its own')
+        if 'features_only' in (arch_args or {}): raise ValueError('arch_args has no features_only: a classifier gives scores')
         if not _is_plain(arch_args): raise ValueError(f'arch_args={arch_args}: plain numbers and lists are expected, which a checkpoint can hold')
-        self.save_hyperparameters()
-        self.model = create_model(arch, num_classes, in_channels, **(arch_args or {})).to(memory_format=torch.channels_last)
+        self.model = create_model(arch, num_classes, in_channels, pretrained, **(arch_args or {})).to(memory_format=torch.channels_last)
+        if pretrained: arch_args = read_weights(pretrained_path(arch))[1]['arch_args']  # so that a checkpoint says all that its network needs
+        self.save_hyperparameters(ignore='pretrained')
         self.metrics = nn.ModuleDict({f'{stage}_metrics': make_metrics(num_classes) for stage in ('train', 'val', 'test')})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +110,13 @@ class Classifier(LightningModule):
         if self.training or not self.hparams.mirror: return scores
         mirrored = self.model(x.flip(3).contiguous(memory_format=torch.channels_last))
         return torch.logaddexp(scores.float().log_softmax(1), mirrored.float().log_softmax(1)) - math.log(2)
+
+    def _count_in_float32(self) -> None:
+        "The figures of an epoch are sums over many images, whatever the precision of the network."
+        for metrics in self.metrics.values():
+            for name in 'loss', 'n': metrics[name].set_dtype(torch.float32)
+
+    on_train_start = on_validation_start = on_test_start = _count_in_float32  # after Lightning has converted the module
 
     def on_fit_start(self) -> None:
         if not self.hparams.compile: return
@@ -273,9 +284,10 @@ class MovableCheckpoint(ModelCheckpoint):
 def device_name(
     device: torch.device,  # a GPU or the CPU
 ) -> str:
-    "The card, or the processor and the threads that PyTorch uses on it."
+    "The card, or the processor and the threads that PyTorch uses on it; for other devices, as Apple's mps, the processor and the device's type."
     threads = torch.get_num_threads()
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{_cpu_name()}, {threads} thread{"s" if threads > 1 else ""}'
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    return f'{_cpu_name()}, {f"{threads} thread" + "s"*(threads > 1) if device.type == "cpu" else device.type}'
 
 def describe_device(
     trainer: Trainer,  # after its setup
@@ -300,8 +312,8 @@ def code_commit() -> str | None:
 
 def package_versions() -> dict[str, str]:
     "Versions of what a result depends on."
-    packages = ('fishnet_nb', 'torch', 'torchvision', 'pytorch-lightning', 'torchmetrics', 'albumentations', 'numpy')
-    return {'python': platform.python_version()} | {name: version(name) for name in packages}
+    packages = ('torch', 'torchvision', 'pytorch-lightning', 'torchmetrics', 'albumentations', 'numpy')
+    return {'python': platform.python_version(), 'fishnet_nb': __version__} | {name: version(name) for name in packages}
 
 # %% ../nbs/07_training.ipynb #9c67d5bf
 NOT_FINITE = 'stopped: the loss is no longer finite'  # the status of such a run
@@ -579,6 +591,7 @@ def _alone(folder: Path) -> Iterator[None]:
         except OSError: pass  # a file system without locks
     try: yield
     finally:
+        if not fcntl: file.close()  # Windows removes no file that is open
         with suppress(OSError): path.unlink()
         file.close()
         for made in folder/'checkpoints', folder:  # for a run that never started

@@ -44,7 +44,7 @@ class ThreeHeads(nn.Module):
         super().__init__()
         if pixels not in PIXELS: raise ValueError(f'pixels={pixels!r}: allowed are {", ".join(PIXELS)}')
         channels = backbone.feature_channels
-        self.backbone, self.used = backbone, dict(finest=[0], coarsest=[len(channels) - 1], all=range(len(channels)))[pixels]
+        self.backbone, self.pixels, self.used = backbone, pixels, dict(finest=[0], coarsest=[len(channels) - 1], all=range(len(channels)))[pixels]
         activated = lambda c: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU())
         self.last = activated(channels[-1])
         self.image = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
@@ -147,8 +147,7 @@ def _record(
     "Test a network, and write name-seed-….json."
     wall_s, test = time.perf_counter() - began, to_batch(make_shapes(2000, TEST_SEED))
     out, size = apply_heads(model, test.images), count_complexity(model.backbone.requires_grad_(True))
-    pixels = next(pixels for pixels in PIXELS if pixels in name)
-    record = dict(name=name, arch=backbone[0], arch_args=backbone[1], pixels=pixels, seed=seed, steps=steps, data=f'shapes, 5,000 of seed {TRAINING_SEED}, tested on {len(test.labels):,} of seed {TEST_SEED}',
+    record = dict(name=name, arch=backbone[0], arch_args=backbone[1], pixels=model.pixels, seed=seed, steps=steps, data=f'shapes, 5,000 of seed {TRAINING_SEED}, tested on {len(test.labels):,} of seed {TEST_SEED}',
                   commit=code_commit(), device=device_name(torch.device('cpu')), versions=package_versions(), params=size.params, flops=size.flops, wall_s=round(wall_s, 1),
                   test=three_figures(out, test), examples=[''.join(f'{c:x}' for c in image.flatten().tolist()) for image in out.pixels[:8].argmax(1)])  # each pixel's class, a digit from 0 to a
     path = Path(root)/f'{name}-seed-{seed}.json'

@@ -254,6 +254,22 @@ def test_a_record_is_reproduced(inside, capsys):
     assert 'not reproduced' in found.out and 'note: other was trained on' in found.err
 
 
+def test_a_reproduction_goes_on_where_it_stopped(inside, capsys, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr('pytorch_lightning.Trainer.test', lambda *args, **kwargs: sys.exit(1))
+        assert main(['reproduce', 'tiny', '--tolerance', '1']) == 130
+    told = re.search(r'go on by: fishnet-nb (reproduce tiny --tolerance 1 --name (tiny-reproduced\S*) --resume)\n', capsys.readouterr().err)
+    assert told and read_record(told[2])['status'] == 'interrupted'
+    assert main(told[1].split()) == 0 and f'the new record is in results/{told[2]}' in capsys.readouterr().out
+    record = read_record(told[2])
+    write_record(inside/'results'/'other', json.dumps(record | dict(name='other', hparams=record['hparams'] | dict(seed_everything=7))))
+    for name in told[2], f'results/{told[2]}':
+        assert main(['reproduce', 'other', '--name', name, '--resume']) == 2
+        assert f'results/{told[2]} has other hyperparameters than other' in capsys.readouterr().err
+    assert main(['reproduce', 'tiny', '--name', 'never', '--resume']) == 2 and 'no run to resume in results/never' in capsys.readouterr().err
+    shutil.rmtree(f'results/{told[2]}')
+
+
 def test_a_run_that_stopped_is_reproduced_if_it_stops_again(inside, capsys):
     record = read_record('tiny')
     stopped = {key: value for key, value in record.items() if key not in ('test', 'val', 'best_epoch')} | dict(name='stopped', status=NOT_FINITE)

@@ -301,6 +301,9 @@ def test_where_data_is_looked_for(folder, tmp_path, monkeypatch):
     monkeypatch.setenv('FISHNET_DATA', str(folder)); assert find_data() == folder
     monkeypatch.delenv('FISHNET_DATA')
     (tmp_path/'project'/'nbs').mkdir(parents=True); (tmp_path/'project'/'data').mkdir(); folder.rename(tmp_path/'project'/'data'/CIFAR_FOLDER)
+    monkeypatch.chdir(tmp_path/'project'/'nbs')
+    with pytest.raises(FileNotFoundError, match='^data/'): find_data()  # a folder above that isn't the project's
+    (tmp_path/'project'/'settings.ini').touch()
     for cwd in ('project', 'project/nbs'):
         monkeypatch.chdir(tmp_path/cwd); assert find_data().resolve() == tmp_path/'project'/'data'/CIFAR_FOLDER
 
@@ -486,6 +489,19 @@ def test_an_image_depends_on_seed_epoch_and_index_alone():
         assert torch.equal(forwards[at], two[at]['img'])
     assert not torch.equal(forwards[0, 1], forwards[1, 1]) and not torch.equal(forwards[0, 1], make(2)[0, 1]['img'])
     assert torch.equal(one[3]['img'], forwards[0, 3])
+
+
+def test_without_a_seed_no_worker_and_no_epoch_repeats_another():
+    shapes = make_shapes(1)
+    dataset = CIFARDataset(np.repeat(shapes.images, 8, 0), np.repeat(shapes.labels, 8), train_transform())  # one image, eight times
+    loader = torch.utils.data.DataLoader(dataset, 4, num_workers=2)
+    drawn = torch.cat([batch['img'] for _ in range(2) for batch in loader])
+    assert len({image.numpy().tobytes() for image in drawn}) == 16
+    alike = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        alike.append(torch.stack([dataset[i]['img'] for i in range(4)]))
+    assert torch.equal(*alike)
 
 
 def test_transforms_draw_independently():

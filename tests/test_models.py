@@ -44,11 +44,14 @@ def _train_step(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
-    model = DistributedDataParallel(thin())  # find_unused_parameters stays False
+    models = [DistributedDataParallel(thin(**kwargs)) for kwargs in (dict(), dict(final_norm=True, features_only=True))]  # find_unused_parameters stays False
     for step in range(2):
         torch.manual_seed(2*step + rank)
-        model(torch.randn(2, 3, 32, 32)).square().mean().backward()  # the second pass fails if the first left parameters out
-    torch.save([p.grad for p in model.parameters()], f'{folder}/{rank}.pt')
+        for model in models:
+            out = model(torch.randn(2, 3, 32, 32))
+            sum(part.square().mean() for part in (out if isinstance(out, list) else [out])).backward()  # the second pass fails if the first left parameters out
+    torch.save([p.grad for model in models for p in model.parameters()], f'{folder}/{rank}.pt')
+    if not rank: save_weights(models[0], f'{folder}/saved.safetensors', dict(arch='fishnet73', arch_args=dict(widths=[8, 16, 32, 64]), num_classes=10, in_channels=3))
     torch.distributed.destroy_process_group()
 
 
@@ -59,6 +62,7 @@ def test_two_ranks_without_unused_parameters(tmp_path):
     mp.spawn(_train_step, (port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path/f'{rank}.pt') for rank in range(2))
     for a, b in zip(first, second, strict=True): torch.testing.assert_close(a, b)
+    load_weights(tmp_path/'saved.safetensors')
 
 
 def test_weights_in_the_package_err_no_more_than_they_say():
@@ -97,6 +101,15 @@ def test_weights_in_the_package_want_their_own_network():
         with pytest.raises(ValueError, match='the weights of fishnet73 belong to'): create_model('fishnet73', pretrained=True, **other)
     for name in ('False', '/a/file.safetensors'):
         with pytest.raises(ValueError, match='pretrained=.*True or False is expected'): create_model('fishnet73', pretrained=name)
+
+
+def test_table_of_stages_leaves_each_part_in_its_mode():
+    "Such as frozen statistics in a network that trains."
+    model = thin().train()
+    model.tail.eval()
+    modes = [module.training for module in model.modules()]
+    stage_table(model)
+    assert modes == [module.training for module in model.modules()] and any(modes) and not all(modes)
 
 
 CHANGES = dict(transfer_shortcut=True, repeat_shortcut=True, bridge=False)  # of the network, as the review proposes

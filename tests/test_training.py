@@ -15,9 +15,11 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from fishnet_nb.testing import test_run as run_test
 from fishnet_nb import training
+from fishnet_nb.data import CIFARDataModule
+from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights
 from fishnet_nb.shapes import write_shapes
+from fishnet_nb.testing import export_weights, load_trained, test_run as run_test
 from fishnet_nb.training import (Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, fit, list_recipes, load_classifier, quiet_lightning,
                                  read_checkpoint, read_metrics, read_record, recipe_path, results_table, run_folder)
 
@@ -284,6 +286,52 @@ def test_run_does_not_go_on_with_other_data(work, tmp_path, monkeypatch):
     write_shapes(tmp_path/'own', 400, 40, seed=2)
     with pytest.raises(ValueError, match='run on other data, of SHA-256 .* train without --resume'): fit('quick', ['--trainer.max_epochs=2'], name='own', resume=True)
     assert files == {path: path.read_bytes() for path in folder.glob('**/*.*')}
+
+
+def test_names_are_those_of_the_images_that_a_run_saw(work, tmp_path, monkeypatch):
+    "Also where FISHNET_DATA leads a recipe for CIFAR-10 elsewhere, and after that has gone; testing on other data says so."
+    monkeypatch.chdir(work)
+    names = [f'thing {i}' for i in range(10)]
+    (write_shapes(tmp_path/'own', 400, 40)/'batches.meta').write_bytes(pickle.dumps({b'label_names': names}))
+    monkeypatch.setenv('FISHNET_DATA', str(tmp_path/'own'))
+    with quiet_lightning(): folder = fit('quick', [*TINY, '--data.data=cifar10', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--model.schedule=step'], name='named')
+    write_shapes(tmp_path/'other', 400, 40)
+    monkeypatch.setenv('FISHNET_DATA', str(tmp_path/'other'))
+    best = folder/'checkpoints'/'best.ckpt'
+    assert load_trained(best)[1] == load_trained(export_weights(folder, tmp_path/'named.safetensors'))[1] == tuple(names)
+    with pytest.raises(ValueError, match='best.ckpt knows the classes thing 0, thing 1'): run_test(folder)
+    assert len(run_test(folder, 'cifar10')[0].labels) == 40
+    trainer = Trainer(accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    with quiet_lightning(): found, = trainer.test(load_classifier(best), CIFARDataModule('cifar10', num_workers=0), str(best), verbose=False, weights_only=True)
+    assert found['test_n'] == 40
+    content = torch.load(best, weights_only=True)
+    for wrong in (names[:9], ['\x1b]0;title\x07', *names[1:]], 5):
+        torch.save(content | {'CIFARDataModule': content['CIFARDataModule'] | dict(classes=wrong)}, tmp_path/'wrong.ckpt')
+        with pytest.raises(ValueError, match='wrong.ckpt is refused: what it names as classes is not a list of 10 names'): load_trained(tmp_path/'wrong.ckpt')
+
+
+def test_figures_are_counted_in_float32(work, monkeypatch):
+    "Where the network is of half precision, whose whole numbers end at 256."
+    monkeypatch.chdir(work)
+    with quiet_lightning(): folder = fit('quick', [*TINY, '--trainer.precision=bf16-true', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--model.schedule=step'], name='half')
+    record = read_record(folder)
+    assert record['test']['n'] == record['data']['n_test'] > 256 and record['test']['loss'] != torch.tensor(record['test']['loss']).bfloat16().item()
+
+
+def test_training_begins_with_the_weights_in_the_package(work, tmp_path, monkeypatch):
+    "On images with other classes, too, and what comes of it needs these weights no more."
+    monkeypatch.chdir(work)
+    own = load_weights(pretrained_path('fishnet73')).state_dict()
+    args = ['--data.data=shapes', '--data.batch_size=32', '--model.arch=fishnet73', '--model.arch_args=null', '--model.pretrained=true', '--model.lr=0', '--model.weight_decay=0', '--model.schedule=step',
+            '--trainer.precision=32-true', '--trainer.max_epochs=1', *(f'--trainer.limit_{part}_batches=1' for part in ('train', 'val', 'test')), '--trainer.enable_progress_bar=false']
+    with quiet_lightning(): folder = fit('quick', args, name='tuned')
+    monkeypatch.setattr(training, 'create_model', lambda name, classes, channels, pretrained, **kwargs: create_model(name, classes, channels, **kwargs))
+    classifier = load_classifier(folder/'checkpoints'/'best.ckpt')
+    for name, tensor in classifier.model.named_parameters(): assert torch.equal(tensor, own[name])
+    assert classifier.hparams.arch_args == read_weights(pretrained_path('fishnet73'))[1]['arch_args'] and read_record(folder)['hparams']['model']['pretrained']
+    for wrong in dict(pretrained=True), dict(features_only=True):
+        with pytest.raises(ValueError, match=f'arch_args has no {next(iter(wrong))}'): Classifier('fishnet73', wrong)
+    assert Classifier('fishnet73', num_classes=4, pretrained=True)(torch.randn(1, 3, 32, 32)).shape == (1, 4)
 
 
 def test_own_recipe_goes_on_without_its_record(work, monkeypatch):
