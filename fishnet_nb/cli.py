@@ -306,8 +306,11 @@ def _run_reproduce(args: argparse.Namespace) -> int:
     _check_data(stated, config['data'], args.other_data)
     new = Path(args.name or f'{name}-reproduced')
     folder = new if new.parent == Path('results') else Path('results')/new  # given as it is printed, or by its name
-    if args.resume and (folder/'record.json').is_file() and not _agree(_hyperparameters(read_record(folder)), config):
-        raise ValueError(f'{folder} has other hyperparameters than {args.stated}, so it can\'t reproduce it: give the --name of the run that was stopped')
+    if args.resume and (folder/'record.json').is_file():
+        begun = read_record(folder)
+        if begun == stated: raise ValueError(f'{folder} is the run that is to be reproduced: give the --name of the new one')
+        if not _agree(_hyperparameters(begun, folder), config):
+            raise ValueError(f'{folder} has other hyperparameters than {args.stated}, so it can\'t reproduce it: give the --name of the run that was stopped')
     given = ['reproduce', args.stated, *['--other-data']*args.other_data, *['--tolerance', f'{args.tolerance:g}']*(args.tolerance != _TOLERANCE)]
     with tempfile.TemporaryDirectory() as scratch, _resumable(shlex.join(given), folder if args.resume else None):
         path = Path(scratch)/f'{recipe}.yaml'
@@ -334,9 +337,10 @@ _ERRORS = ('top1_error', 'top-1 error'), ('top5_error', 'top-5 error')
 _TOLERANCE = .02  # a share of the test images
 
 def _circumstances(stated: dict, found: dict) -> list[tuple[str, str, str]]:
-    "What may make two runs differ: device, commit and PyTorch, where they are not the same."
-    pairs = [('device', stated['device'], found['device']), ('commit', stated['commit'], found['commit']),
-             ('torch', stated['versions']['torch'], found['versions']['torch'])]
+    "What may make two runs differ: device, commit and PyTorch, where they are not the same, with those of their epochs before they were resumed."
+    looks = dict(device=lambda part: part['device'], commit=lambda part: part['commit'], torch=lambda part: (part['versions'] or {}).get('torch'))
+    said = lambda record, look: '; then '.join(dict.fromkeys(str(look(part)) for part in (*record.get('earlier', []), record)))
+    pairs = [(what, said(stated, look), said(found, look)) for what, look in looks.items()]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 def _repeatable(
@@ -349,29 +353,44 @@ def _repeatable(
     from fishnet_nb.training import NOT_FINITE
     try:
         if record['status'] not in ('finished', NOT_FINITE): raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
-        config, _ = _hyperparameters(record), (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
+        config, _ = _hyperparameters(record, given), (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
         if record['status'] == 'finished' and not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
         foreign = [str(key) for key in set(config['trainer']) - set(inspect.signature(Trainer).parameters)]
         for key in 'accelerator', 'callbacks', 'logger', 'plugins', 'profiler', 'strategy': foreign += _foreign(config['trainer'].get(key))
         if foreign: raise ValueError(f'{given} is refused: it names {", ".join(foreign)}, by which code could be imported; if you trust it, train by a recipe of your own that names it')
         return Path(record['name']).name, Path(record['recipe']).name, config
-    except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type') from None
+    except (KeyError, TypeError, AttributeError) as error: raise _not_whole(given, error) from None
 
 def _hyperparameters(
     record: dict,  # from `read_record`
+    given: str | Path,  # for the message
 ) -> dict:
-    "A record's hyperparameters as a recipe has them. KeyError, TypeError or AttributeError for what is no record."
-    hparams = record['hparams']
-    augment = {True: 'student', False: 'none'}.get(hparams['data']['augment'], hparams['data']['augment'])  # the first records only say whether
-    return {'seed_everything': hparams['seed_everything'],
-            'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
-            'data': {key: value for key, value in hparams['data'].items() if key != 'seed'} | {'augment': augment},  # follows from the seed of all
-            'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and key != 'enable_progress_bar'}}  # follows from the terminal
+    "A record's hyperparameters as a recipe has them. ValueError for what is no record."
+    try:
+        hparams = record['hparams']
+        augment = {True: 'student', False: 'none'}.get(hparams['data']['augment'], hparams['data']['augment'])  # the first records only say whether
+        return {'seed_everything': hparams['seed_everything'],
+                'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
+                'data': {key: value for key, value in hparams['data'].items() if key != 'seed'} | {'augment': augment},  # follows from the seed of all
+                'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and (key, value) != ('enable_progress_bar', True)}}  # a terminal's
+    except (KeyError, TypeError, AttributeError) as error: raise _not_whole(given, error) from None
 
-def _agree(found: dict, stated: dict) -> bool:
-    "Whether hyperparameters are the same, but for those that there were not yet when the others were stated."
-    parts = 'model', 'data', 'trainer'
-    return found['seed_everything'] == stated['seed_everything'] and all(found[part].get(key) == value for part in parts for key, value in stated[part].items())
+def _not_whole(given: str | Path, error: Exception) -> ValueError:
+    "What is wrong with a record."
+    return ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type')
+
+def _agree(
+    one: dict,  # from `_hyperparameters`
+    other: dict,  # the same
+) -> bool:
+    "Whether two runs are of the same hyperparameters. What there was not yet, when one was recorded, had the default."
+    import inspect
+    from pytorch_lightning import Trainer
+    from fishnet_nb.data import CIFARDataModule
+    from fishnet_nb.training import Classifier
+    defaults = {(part, key): parameter.default for part, made in dict(model=Classifier, data=CIFARDataModule, trainer=Trainer).items()
+                for key, parameter in inspect.signature(made).parameters.items() if key != 'enable_progress_bar'}
+    return one['seed_everything'] == other['seed_everything'] and all(one[part].get(key, value) == other[part].get(key, value) for (part, key), value in defaults.items())
 
 def _foreign(value: object) -> list[str]:
     "Texts in an argument of the trainer that might name something to import: all but words and folders, and Lightning's own classes."

@@ -212,12 +212,11 @@ def save_weights(
     path: str | Path,  # a .safetensors file
     about: dict,  # arch, arch_args, num_classes, in_channels, classes, and what else is known of them; plain values
 ) -> Path:
-    """Write a model's weights and what they belong to, also those of a model that is compiled or trained on several devices; until all is written, an
+    """Write a model's weights and what they belong to, also of a model wrapped by torch.compile or DistributedDataParallel; until all is written, an
     earlier file stays. FileNotFoundError if there is no such folder, ValueError if `about` doesn't say what a reader needs."""
     from safetensors.torch import save_file
     if missing := [key for key in ('arch', 'arch_args', 'in_channels') if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
-    if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
-    model = getattr(model, '_orig_mod', model)  # of a model from torch.compile
+    while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner  # wrapped by torch.compile, or by DistributedDataParallel
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     with replacing(path) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
@@ -236,15 +235,21 @@ def read_weights(
 def load_weights(
     path: str | Path,  # a .safetensors file written by `save_weights`
     num_classes: int | None = None,  # another number than the weights': then the last layer is new, or absent for 0
-    features_only: bool = False,  # without the classifier, for the features
+    features_only: bool = False,  # without the classifier, for the features; num_classes doesn't count then
 ) -> nn.Module:  # in training mode, as every new module
     "The model that weights belong to, with the weights. FileNotFoundError, or ValueError for weights that don't fit."
     weights, about = read_weights(path)
+    check_switches(features_only=features_only)
     if num_classes is not None and not is_whole(num_classes, 0): raise ValueError(f'num_classes={num_classes!r}: a whole number is expected, 0 for none')
-    try: model = create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **(about['arch_args'] or {}) | {'features_only': features_only})
+    try:
+        arch_args, scores = {'features_only': features_only} | (about['arch_args'] or {}), num_classes
+        if scores is None: scores = 0 if arch_args['features_only'] else about['num_classes']
+        model = create_model(about['arch'], scores, about['in_channels'], **arch_args)
     except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     left_out = ()  # what the names begin with
-    if features_only: left_out = 'classifier.'
+    if model.classifier is None:
+        if num_classes is not None: raise ValueError(f'num_classes={num_classes}: there are features only; add a layer of your own')
+        left_out = 'classifier.'
     elif num_classes not in (None, about.get('num_classes')): left_out = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(left_out)}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
@@ -283,4 +288,4 @@ def _create_pretrained(name: str, num_classes: int, in_channels: int, features_o
     for key, value in {**kwargs, 'in_channels': in_channels}.items():
         if value is not None and plain(value) != plain(expected.get(key)):
             raise ValueError(f'{key}={value}: the weights of {name} belong to {about["arch_args"]} and {about["in_channels"]} input channels')
-    return load_weights(path, num_classes, features_only)
+    return load_weights(path, None if features_only else num_classes, features_only)

@@ -79,7 +79,7 @@ def find_checkpoint(
         record = read_record(folder)
         if record['status'] in UNFINISHED and not read_metrics(folder/'metrics.csv'):
             raise FileNotFoundError(f'{run!s} has no checkpoint yet, since its first epoch is not done: go on by `fishnet-nb fit {record["recipe"]} --name {os.path.relpath(folder, root)} --resume`')
-        if record['status'] == NOT_FINITE: raise FileNotFoundError(f'{run!s} was {NOT_FINITE}, before there was a checkpoint: train again with a lower learning rate, or by another recipe')
+        if record['status'] == NOT_FINITE: raise FileNotFoundError(f'{run!s} has no checkpoint, and its record says {NOT_FINITE!r}: train again with a lower learning rate, or by another recipe')
         raise FileNotFoundError(f'{run!s} is a record without checkpoints/best.ckpt, since records are kept without their checkpoints: '
                                 f'train again, by `fishnet-nb reproduce {run!s}`, or name another run')
     known = sorted(path.parent.parent.name for path in Path(root).glob('*/checkpoints/best.ckpt'))
@@ -99,8 +99,12 @@ def test_run(
     classifier, classes = load_trained(path)
     module = CIFARDataModule(data or trained_on(path), val_fraction=0, num_workers=0)
     if module.num_classes != len(classes): raise ValueError(f'{path} tells {len(classes)} classes apart, and the data has {module.num_classes}: {"name its data by" if data is None else "give other data to"} --data')
-    if data is None and module.classes != classes: raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: name its data by --data')
+    if data is None and _names_classes(path) and module.classes != classes: raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: name its data by --data')
     return evaluate(classifier.to(best_device()), module.test_dataloader()), module
+
+def _names_classes(path: Path) -> bool:
+    "Whether the file says what its classes are called; those of a checkpoint that doesn't are guessed."
+    return path.suffix == '.safetensors' or 'classes' in (read_checkpoint(path).get('CIFARDataModule') or {})
 
 def trained_on(
     path: str | Path,  # a .ckpt or .safetensors file
@@ -110,7 +114,11 @@ def trained_on(
         name = read_weights(path)[1].get('data', {}).get('name', 'cifar10')
         if name not in ('cifar10', 'shapes'): raise ValueError(f'{path} was trained on neither CIFAR-10 nor the shapes: name its data by --data')
         return name
-    data = read_checkpoint(path).get('datamodule_hyper_parameters')
+    return _data_of(read_checkpoint(path))
+
+def _data_of(checkpoint: dict) -> str:
+    "The same of a checkpoint's content."
+    data = checkpoint.get('datamodule_hyper_parameters')
     return str(data.get('data', 'cifar10')) if isinstance(data, dict) else 'cifar10'
 
 # %% ../nbs/08_testing.ipynb #63aa5061
@@ -125,7 +133,8 @@ def export_weights(
     classifier = load_classifier(checkpoint)
     h = classifier.hparams
     about = dict(arch=h.arch, arch_args=dict(h.arch_args or {}), num_classes=h.num_classes, in_channels=h.in_channels, classes=class_names(checkpoint),
-                 input=dict(size_px=32, mean=CIFAR_MEAN, std=CIFAR_STD), mirror=h.mirror)  # whether the stated errors are of images and their mirror images
+                 input=dict(size_px=32, mean=CIFAR_MEAN, std=CIFAR_STD), mirror=h.mirror,  # whether the stated errors are of images and their mirror images
+                 pretrained=record['hparams']['model'].get('pretrained', False))
     return save_weights(classifier.model, path, about | {key: record[key] for key in ('recipe', 'data', 'test', 'seed', 'commit', 'versions', 'device', 'earlier') if key in record})
 
 def load_trained(
@@ -147,8 +156,8 @@ def class_names(
     path: str | Path,  # a .ckpt file
 ) -> tuple[str, ...]:
     "The name of each score that the classifier in a checkpoint gives. ValueError for a file that names them wrongly."
-    content, data = read_checkpoint(path), trained_on(path)
-    n, state = content['hyper_parameters'].get('num_classes', 10), content.get('CIFARDataModule')
+    content = read_checkpoint(path)
+    data, n, state = _data_of(content), content['hyper_parameters'].get('num_classes', 10), content.get('CIFARDataModule')
     if isinstance(state, dict) and 'classes' in state:  # the first checkpoints hold no names
         if not are_class_names(state['classes']) or len(state['classes']) != n: raise ValueError(f'{path} is refused: what it names as classes is not a list of {n} names')
         return tuple(state['classes'])

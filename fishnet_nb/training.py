@@ -111,12 +111,15 @@ class Classifier(LightningModule):
         mirrored = self.model(x.flip(3).contiguous(memory_format=torch.channels_last))
         return torch.logaddexp(scores.float().log_softmax(1), mirrored.float().log_softmax(1)) - math.log(2)
 
-    def _count_in_float32(self) -> None:
-        "The figures of an epoch are sums over many images, whatever the precision of the network."
-        for metrics in self.metrics.values():
-            for name in 'loss', 'n': metrics[name].set_dtype(torch.float32)
+    def on_train_start(self) -> None: self._count_in_float32('train')
 
-    on_train_start = on_validation_start = on_test_start = _count_in_float32  # after Lightning has converted the module
+    def on_validation_start(self) -> None: self._count_in_float32('val')
+
+    def on_test_start(self) -> None: self._count_in_float32('test')
+
+    def _count_in_float32(self, stage: str) -> None:
+        "The figures of an epoch are sums over many images; Lightning has converted them with the network if that is of half precision."
+        for name in 'loss', 'n': self.metrics[f'{stage}_metrics'][name].set_dtype(torch.float32)
 
     def on_fit_start(self) -> None:
         if not self.hparams.compile: return
@@ -432,7 +435,7 @@ def results_table(
         if r['status'] != 'finished': continue
         model = r['hparams']['model']
         widths = (model['arch_args'] or {}).get('widths')
-        size = f' ({", ".join(map(str, widths))})' if widths else ''
+        size = (f' ({", ".join(map(str, widths))})' if widths else '') + (', pretrained' if model.get('pretrained') else '')
         devices = dict.fromkeys([*(part['device'] for part in r.get('earlier', [])), r['device']])
         lines.append(f'| {r["name"]} | {r["data"]["description"]} | {model["arch"]}{size} | {r["params"]/1e6:.2f} M | {r["epochs"]} | '
                      f'{r["test"]["top1_error"]:.1%} | {r["test"]["top5_error"]:.1%} | {r["wall_s"]/60:.1f} min | {"; then ".join(devices)} |')
@@ -648,6 +651,7 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     "Train, test and record."
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     config = json.loads(cli.parser.dump(cli.config, format='json', skip_link_targets=False))
+    if config['model']['pretrained']: config['model']['arch_args'] = dict(model.hparams.arch_args)  # those of the weights
     record = dict(name=folder.name, recipe=recipe, hparams=config, seed=cli.config.seed_everything, data=data.data_info(), commit=code_commit(),
                   versions=package_versions(), started=datetime.now(timezone.utc).strftime('%Y-%m-%d'), **_size(model))
     earlier = read_record(folder) if resume and (folder/'record.json').is_file() else None

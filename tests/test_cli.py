@@ -262,10 +262,17 @@ def test_a_reproduction_goes_on_where_it_stopped(inside, capsys, monkeypatch):
     assert told and read_record(told[2])['status'] == 'interrupted'
     assert main(told[1].split()) == 0 and f'the new record is in results/{told[2]}' in capsys.readouterr().out
     record = read_record(told[2])
-    write_record(inside/'results'/'other', json.dumps(record | dict(name='other', hparams=record['hparams'] | dict(seed_everything=7))))
-    for name in told[2], f'results/{told[2]}':
-        assert main(['reproduce', 'other', '--name', name, '--resume']) == 2
-        assert f'results/{told[2]} has other hyperparameters than other' in capsys.readouterr().err
+    hparams = record['hparams']
+    others = hparams | dict(seed_everything=7), hparams | dict(trainer=hparams['trainer'] | dict(gradient_clip_val=1.)), hparams | dict(model={key: value for key, value in hparams['model'].items() if key != 'schedule'})
+    for other in others:
+        write_record(inside/'results'/'other', json.dumps(record | dict(name='other', hparams=other)))
+        for name in told[2], f'results/{told[2]}':
+            assert main(['reproduce', 'other', '--name', name, '--resume']) == 2
+            assert f'results/{told[2]} has other hyperparameters than other' in capsys.readouterr().err
+    older = record | dict(name='older', hparams=hparams | dict(model={key: value for key, value in hparams['model'].items() if key != 'pretrained'}))
+    write_record(inside/'results'/'older', json.dumps(older))  # of the time before there was such a thing
+    assert main(['reproduce', 'older', '--name', told[2], '--resume']) == 0
+    assert main(['reproduce', 'tiny', '--name', 'tiny', '--resume']) == 2 and 'results/tiny is the run that is to be reproduced' in capsys.readouterr().err
     assert main(['reproduce', 'tiny', '--name', 'never', '--resume']) == 2 and 'no run to resume in results/never' in capsys.readouterr().err
     shutil.rmtree(f'results/{told[2]}')
 

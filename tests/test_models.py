@@ -20,23 +20,27 @@ def thin(**kwargs) -> nn.Module:
     return create_model('fishnet73', **{'widths': (8, 16, 32, 64), **kwargs})
 
 
-@pytest.mark.parametrize('name', ['fishnet73', 'resnet50'])
-def test_onnx_gives_the_same_scores(tmp_path, name):
+def listed(out: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]: return out if isinstance(out, list) else [out]
+
+
+@pytest.mark.parametrize('name, features_only', [('fishnet73', False), ('fishnet73', True), ('resnet50', False)])
+def test_onnx_gives_the_same_scores(tmp_path, name, features_only):
     import onnxruntime
-    model, images = create_model(name, widths=(8, 16, 32, 64)).eval(), torch.randn(2, 3, 32, 32)
+    model, images = create_model(name, widths=(8, 16, 32, 64), features_only=features_only).eval(), torch.randn(2, 3, 32, 32)
     torch.onnx.export(model, (images,), tmp_path/'fish.onnx', dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
     session = onnxruntime.InferenceSession(tmp_path/'fish.onnx')
     three = torch.randn(3, 3, 32, 32)
-    scores, = session.run(None, {session.get_inputs()[0].name: three.numpy()})
-    torch.testing.assert_close(torch.from_numpy(scores), model(three).detach(), atol=1e-4, rtol=1e-3)
+    for found, right in zip(session.run(None, {session.get_inputs()[0].name: three.numpy()}), listed(model(three)), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), right.detach(), atol=1e-3, rtol=1e-3)
 
 
-def test_compiled_model_trains_alike():
-    eager, compiled = (thin(widths=(8, 16), tail=(1, 1)).double() for _ in range(2))
+@pytest.mark.parametrize('features_only', [False, True])
+def test_compiled_model_trains_alike(features_only):
+    eager, compiled = (thin(widths=(8, 16), tail=(1, 1), features_only=features_only).double() for _ in range(2))
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)  # float64, so that what differs is the program and not the rounding
-    scores = [model(images) for model in (eager, torch.compile(compiled, fullgraph=True))]
-    for out in scores: out.square().mean().backward()
-    torch.testing.assert_close(*scores, atol=1e-8, rtol=1e-8)
+    found = [listed(model(images)) for model in (eager, torch.compile(compiled, fullgraph=True))]
+    for out in found: sum(part.square().mean() for part in out).backward()
+    torch.testing.assert_close(*found, atol=1e-8, rtol=1e-8)
     for a, b in zip(eager.parameters(), compiled.parameters(), strict=True): torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-6)
 
 
@@ -48,8 +52,7 @@ def _train_step(rank: int, port: int, folder: str) -> None:
     for step in range(2):
         torch.manual_seed(2*step + rank)
         for model in models:
-            out = model(torch.randn(2, 3, 32, 32))
-            sum(part.square().mean() for part in (out if isinstance(out, list) else [out])).backward()  # the second pass fails if the first left parameters out
+            sum(part.square().mean() for part in listed(model(torch.randn(2, 3, 32, 32)))).backward()  # the second pass fails if the first left parameters out
     torch.save([p.grad for model in models for p in model.parameters()], f'{folder}/{rank}.pt')
     if not rank: save_weights(models[0], f'{folder}/saved.safetensors', dict(arch='fishnet73', arch_args=dict(widths=[8, 16, 32, 64]), num_classes=10, in_channels=3))
     torch.distributed.destroy_process_group()
@@ -91,6 +94,7 @@ def test_weights_that_name_no_classes_rightly_are_refused(tmp_path):
         with pytest.raises(ValueError, match='bad.safetensors is refused: what it names as classes'): load_trained(tmp_path/'bad.safetensors')
     save_weights(model, tmp_path/'bare.safetensors', {key: value for key, value in about.items() if key != 'num_classes'})
     assert load_weights(tmp_path/'bare.safetensors', 7)(torch.randn(1, 3, 8, 8)).shape == (1, 7)
+    assert len(load_weights(tmp_path/'bare.safetensors', features_only=True)(torch.randn(1, 3, 8, 8))) == 2
 
 
 def test_weights_in_the_package_want_their_own_network():

@@ -173,10 +173,11 @@ def test_a_run_has_a_name(work, monkeypatch, name):
     with pytest.raises(ValueError, match='not a name for a run'): fit('quick', TINY, name=name)
 
 
-def test_sanity_check_before_the_training_does_no_harm(work, monkeypatch):
+@pytest.mark.parametrize('precision', ['32-true', 'bf16-true'])
+def test_sanity_check_before_the_training_does_no_harm(work, monkeypatch, precision):
     monkeypatch.chdir(work)
-    folder = fit('quick', [*TINY, '--trainer.num_sanity_val_steps=1', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1'], name='sane')
-    assert read_record(folder)['status'] == 'finished' and len(read_metrics(folder/'metrics.csv')) == 1
+    folder = fit('quick', [*TINY, f'--trainer.precision={precision}', '--trainer.num_sanity_val_steps=1', '--trainer.max_epochs=2', '--trainer.limit_train_batches=1'], name='sane')
+    assert read_record(folder)['status'] == 'finished' and len(read_metrics(folder/'metrics.csv')) == 2
 
 
 @pytest.mark.parametrize('given, preact', [('false', False), ('False', False), ('no', False), ('true', True)])
@@ -325,13 +326,18 @@ def test_training_begins_with_the_weights_in_the_package(work, tmp_path, monkeyp
     args = ['--data.data=shapes', '--data.batch_size=32', '--model.arch=fishnet73', '--model.arch_args=null', '--model.pretrained=true', '--model.lr=0', '--model.weight_decay=0', '--model.schedule=step',
             '--trainer.precision=32-true', '--trainer.max_epochs=1', *(f'--trainer.limit_{part}_batches=1' for part in ('train', 'val', 'test')), '--trainer.enable_progress_bar=false']
     with quiet_lightning(): folder = fit('quick', args, name='tuned')
-    monkeypatch.setattr(training, 'create_model', lambda name, classes, channels, pretrained, **kwargs: create_model(name, classes, channels, **kwargs))
-    classifier = load_classifier(folder/'checkpoints'/'best.ckpt')
+    with monkeypatch.context() as patched:
+        patched.setattr(training, 'create_model', lambda name, classes, channels, pretrained, **kwargs: create_model(name, classes, channels, **kwargs))
+        classifier = load_classifier(folder/'checkpoints'/'best.ckpt')
     for name, tensor in classifier.model.named_parameters(): assert torch.equal(tensor, own[name])
-    assert classifier.hparams.arch_args == read_weights(pretrained_path('fishnet73'))[1]['arch_args'] and read_record(folder)['hparams']['model']['pretrained']
+    record = read_record(folder)
+    assert classifier.hparams.arch_args == record['hparams']['model']['arch_args'] == read_weights(pretrained_path('fishnet73'))[1]['arch_args']
+    assert record['hparams']['model']['pretrained'] and '| fishnet73 (64, 128, 256), pretrained |' in results_table([record])
+    assert read_weights(export_weights(folder, tmp_path/'tuned.safetensors'))[1]['pretrained']
     for wrong in dict(pretrained=True), dict(features_only=True):
         with pytest.raises(ValueError, match=f'arch_args has no {next(iter(wrong))}'): Classifier('fishnet73', wrong)
-    assert Classifier('fishnet73', num_classes=4, pretrained=True)(torch.randn(1, 3, 32, 32)).shape == (1, 4)
+    four = Classifier('fishnet73', num_classes=4, pretrained=True)
+    assert four(torch.randn(1, 3, 32, 32)).shape == (1, 4) and torch.equal(four.model.tail.stem[0].weight, own['tail.stem.0.weight'])
 
 
 def test_own_recipe_goes_on_without_its_record(work, monkeypatch):
