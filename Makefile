@@ -11,7 +11,7 @@ BIN    := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore:::debugpy
 
-.PHONY: run test lab docs site prepare check clean help
+.PHONY: run test lab docs site prepare clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -48,7 +48,7 @@ lab: .venv/.installed
 # nbdev_proc_nbs would install Quarto first, as root; this is the rest of it, without the other names that nbdev gives the pages
 site: .venv/.installed
 	@$(BIN)/python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
-	@perl -ni -e 'print unless /"output-file: /' _proc/*.ipynb
+	@sed -i.bak '/"output-file: /d' _proc/*.ipynb && rm _proc/*.bak
 	@$(BIN)/smalldocs render --quiet _proc
 
 docs: site

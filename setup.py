@@ -17,6 +17,7 @@ setup(
     author=cfg['author'],
     author_email=cfg['author_email'],
     url=cfg['git_url'],
+    project_urls={'Documentation': f"{cfg['doc_host']}{cfg['doc_baseurl']}/", 'Changelog': f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
     license='Apache-2.0',
     keywords=cfg['keywords'],
     packages=find_packages(include=['fishnet_nb', 'fishnet_nb.*']),

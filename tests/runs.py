@@ -16,7 +16,7 @@ from fishnet_nb.training import read_metrics
 
 # a very thin FishNet on a few synthetic shapes
 TINY = ['--data.data=shapes', '--data.batch_size=32', '--model.arch_args.widths=[8, 16]', '--model.arch_args.tail=[1, 1]',
-        '--trainer.precision=32-true', '--trainer.limit_val_batches=2', '--trainer.enable_progress_bar=false']
+        '--trainer.accelerator=cpu', '--trainer.precision=32-true', '--trainer.limit_val_batches=2', '--trainer.enable_progress_bar=false', '--data.num_workers=0']
 FIGURES = ('epoch', 'lr', 'train_loss', 'train_f1', 'val_loss', 'val_f1', 'val_top1_error', 'val_top5_error')
 
 

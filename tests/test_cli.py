@@ -21,7 +21,7 @@ from fishnet_nb.training import NOT_FINITE, read_metrics, read_record
 
 import runs
 
-TINY = [*runs.TINY, '--data.num_workers=0', '--trainer.limit_train_batches=5']
+TINY = [*runs.TINY, '--trainer.limit_train_batches=5']
 
 
 def command(*args: str, cwd: Path | None = None, **kwargs) -> subprocess.CompletedProcess:
@@ -379,7 +379,7 @@ def test_output_may_be_cut_off():
 
 def piped(commands: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     "`python -m fishnet_nb` with that behind it, in a shell that reports its exit code."
-    return subprocess.run(f'set -o pipefail; {sys.executable} -m fishnet_nb {commands}', shell=True, executable='/bin/bash', text=True, capture_output=True, env=environment(), cwd=cwd)
+    return subprocess.run(f'set -o pipefail; {shlex.quote(sys.executable)} -m fishnet_nb {commands}', shell=True, executable='/bin/bash', text=True, capture_output=True, env=environment(), cwd=cwd)
 
 
 def test_run_whose_output_is_cut_off_says_how_to_go_on(work):

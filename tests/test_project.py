@@ -35,6 +35,7 @@ def test_notebook_is_fit_to_be_read(path):
     assert path.stat().st_size < 1_000_000
     assert outputs, 'a notebook is committed with its outputs'
     assert not [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
+    assert not [o for o in outputs if 'application/vnd.jupyter.widget-view+json' in o.get('data', {})], 'a widget shows nothing without its kernel'
 
 
 def test_notebook_with_fields_ends_when_it_is_run_as_a_whole(copy):
@@ -55,12 +56,18 @@ def test_both_editions_of_the_review_share_cells_and_equations():
     assert [text.count('](') for text in sources(english, 'markdown')] == [text.count('](') for text in sources(korean, 'markdown')]  # the same links
 
 
+def test_version_is_the_same_wherever_it_stands():
+    from fishnet_nb import __version__
+    for path, text in ('settings.ini', f'version = {__version__}\n'), ('CITATION.cff', f'version: {__version__}\n'), ('README.md', f'version = {{{__version__}}},\n'):
+        assert text in (ROOT/path).read_text(encoding='utf-8'), path
+
+
 def test_readme_is_the_index(): assert (ROOT/'README.md').read_text(encoding='utf-8') == make_readme(ROOT), 'run `make prepare`'
 
 
 def published(pattern: str) -> list[Path]:
     "The files of that pattern that belong to the project; a reader's own runs beside them are left alone."
-    known = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True).stdout.split('\0')
+    known = check('git', 'ls-files', '-z', cwd=ROOT).split('\0')
     return [path for path in sorted(ROOT.glob(pattern)) if str(path.relative_to(ROOT)) in known]
 
 
@@ -130,7 +137,8 @@ def test_page_of_speed_has_each_benchmark():
 def test_pages_state_the_errors_of_the_weights_and_of_the_seeds():
     pages = {name: (ROOT/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8') for name in ('08_testing', '09_results')}
     digest = (ROOT/'fishnet_nb/weights/SHA256SUMS').read_text().split()[0]
-    tested = [entry for entry in json.loads((ROOT/'results/pretrained/test.json').read_text(encoding='utf-8')) if entry['tested_sha256'] == digest]
+    ours = 'CIFAR-10 (JPEG re-encoding)', 'CIFAR-10 (bit-exact subset)'  # a reader's tests on other data come beside them
+    tested = [entry for entry in json.loads((ROOT/'results/pretrained/test.json').read_text(encoding='utf-8')) if entry['tested_sha256'] == digest and entry['data']['description'] in ours]
     assert len(tested) == 2
     for entry in tested:
         for how, e in entry['errors'].items(): assert f'| {entry["data"]["description"]} | {entry["data"]["n_test"]:,} | {how} | {e["top1_error"]:.1%} | {e["top5_error"]:.1%} |' in pages['08_testing']

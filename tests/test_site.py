@@ -105,7 +105,6 @@ def test_each_page_says_where_it_comes_from(pages):
     for name, page in pages.items():
         links = [tag['href'] for tag in page.find_all('a', href=True)]
         assert any(re.search(rf'github.com/.*/{name[:-5]}.ipynb$', link) for link in links), name
-        assert any(re.search(rf'colab.research.google.com/.*/{name[:-5]}.ipynb$', link) for link in links), name
 
 
 def test_names_in_the_text_lead_to_their_definition(pages):

@@ -366,6 +366,7 @@ def test_runs_that_start_at_once_have_a_folder_each(tmp_path):
 
 def test_commit_is_the_librarys_own(tmp_path, monkeypatch):
     "Not that of a checkout in which it was merely installed."
+    for name in 'GLOBAL', 'SYSTEM': monkeypatch.setenv(f'GIT_CONFIG_{name}', os.devnull)  # which may ask for signatures
     git = ['git', '-C', tmp_path, '-c', 'user.name=x', '-c', 'user.email=x@example.org']
     for args in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'other']): subprocess.run([*git, *args], check=True)
     (tmp_path/'__init__.py').touch()
