@@ -113,6 +113,13 @@ def test_page_of_results_has_the_thin_runs_and_the_trials():
         assert any(line.startswith(f'| {Path(name).name} |') and line.endswith(ending) for table in tables for line in table.splitlines()), name
 
 
+def test_page_of_results_has_the_first_epochs_in_full_width():
+    from fishnet_nb.training import read_metrics
+    text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
+    for full, thin in zip(*(read_metrics(ROOT/'results'/name/'metrics.csv') for name in ('trials/student-begins', 'thin/student-recipe'))):
+        assert f'| {full["epoch"] + 1} | {full["train_loss"]:.2f} | {thin["train_loss"]:.2f} | {full["val_top1_error"]:.1%} | {thin["val_top1_error"]:.1%} |' in text
+
+
 def test_page_of_results_has_each_short_run():
     "The row of each run beside `all` has the validation error of its record and the difference to that of `all` with its seed, or says why it stopped."
     text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
