@@ -32,7 +32,7 @@ def test_onnx_gives_the_same_scores(tmp_path, name, features_only):
     session = onnxruntime.InferenceSession(tmp_path/'fish.onnx')
     three = torch.randn(3, 3, 32, 32)
     for found, right in zip(session.run(None, {session.get_inputs()[0].name: three.numpy()}), listed(model(three)), strict=True):
-        torch.testing.assert_close(torch.from_numpy(found), right.detach(), atol=1e-3, rtol=1e-3)
+        assert (torch.from_numpy(found) - right.detach()).norm() < 1e-4*right.norm()  # features aren't normalised, and rounding goes with their size
 
 
 @pytest.mark.parametrize('features_only', [False, True])
