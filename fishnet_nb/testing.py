@@ -104,7 +104,12 @@ def test_run(
 
 def _names_classes(path: Path) -> bool:
     "Whether the file says what its classes are called; those of a checkpoint that doesn't are guessed."
-    return path.suffix == '.safetensors' or 'classes' in (read_checkpoint(path).get('CIFARDataModule') or {})
+    return path.suffix == '.safetensors' or _stated_classes(read_checkpoint(path)) is not None
+
+def _stated_classes(checkpoint: dict) -> object:
+    "What a checkpoint's content says that its classes are called; None for the first ones, and those of other batches."
+    state = checkpoint.get('CIFARDataModule')
+    return state.get('classes') if isinstance(state, dict) else None
 
 def trained_on(
     path: str | Path,  # a .ckpt or .safetensors file
@@ -157,10 +162,10 @@ def class_names(
 ) -> tuple[str, ...]:
     "The name of each score that the classifier in a checkpoint gives. ValueError for a file that names them wrongly."
     content = read_checkpoint(path)
-    data, n, state = _data_of(content), content['hyper_parameters'].get('num_classes', 10), content.get('CIFARDataModule')
-    if isinstance(state, dict) and 'classes' in state:  # the first checkpoints hold no names
-        if not are_class_names(state['classes']) or len(state['classes']) != n: raise ValueError(f'{path} is refused: what it names as classes is not a list of {n} names')
-        return tuple(state['classes'])
+    data, n, stated = _data_of(content), content['hyper_parameters'].get('num_classes', 10), _stated_classes(content)
+    if stated is not None:
+        if not are_class_names(stated) or len(stated) != n: raise ValueError(f'{path} is refused: what it names as classes is not a list of {n} names')
+        return tuple(stated)
     if data in ('cifar10', 'shapes'): names = SHAPE_CLASSES if data == 'shapes' else CIFAR_CLASSES
     else:
         try: names = read_classes(find_data(data)/'batches.meta')

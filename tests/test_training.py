@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from fishnet_nb import training
-from fishnet_nb.data import CIFARDataModule
+from fishnet_nb.data import CIFAR_CLASSES, CIFARDataModule
 from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights
 from fishnet_nb.shapes import write_shapes
 from fishnet_nb.testing import export_weights, load_trained, test_run as run_test
@@ -309,6 +309,8 @@ def test_names_are_those_of_the_images_that_a_run_saw(work, tmp_path, monkeypatc
     for wrong in (names[:9], ['\x1b]0;title\x07', *names[1:]], 5):
         torch.save(content | {'CIFARDataModule': content['CIFARDataModule'] | dict(classes=wrong)}, tmp_path/'wrong.ckpt')
         with pytest.raises(ValueError, match='wrong.ckpt is refused: what it names as classes is not a list of 10 names'): load_trained(tmp_path/'wrong.ckpt')
+    torch.save(content | {'CIFARDataModule': 5}, tmp_path/'nameless.ckpt')
+    assert load_trained(tmp_path/'nameless.ckpt')[1] == CIFAR_CLASSES and len(run_test(tmp_path/'nameless.ckpt')[0].labels) == 40  # guessed, so not held against the data
 
 
 def test_figures_are_counted_in_float32(work, monkeypatch):
