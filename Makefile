@@ -43,13 +43,14 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
 
 lab: .venv/.installed
-	$(BIN)/jupyter lab nbs/00_review.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs/00_review.ipynb
 
 # nbdev_proc_nbs would install Quarto first, as root; this is the rest of it, without the other names that nbdev gives the pages
 site: .venv/.installed
 	@$(BIN)/python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
 	@sed -i.bak '/"output-file: /d' _proc/*.ipynb && rm _proc/*.bak
 	@$(BIN)/smalldocs render --quiet _proc
+	@rm -rf _docs && mv _proc/_docs _docs
 
 docs: site
 	@echo "The site is at http://127.0.0.1:$(PORT); stop it by Ctrl-C."

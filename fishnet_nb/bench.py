@@ -161,11 +161,14 @@ def bench(
     rounds: int = 5,  # of each setting, in turns
     seconds: float = 1.0,  # of a round, at least
     settings: Sequence[Setting] | None = None,  # the first is the baseline; if None, those of `device_settings` that work
+    keep: Callable[[dict], object] = lambda record: None,  # called with what is known so far, after each model and batch size
 ) -> dict:  # what `bench_report` and `plot_bench` show
     "Images per second in training and inference, against the baseline, and of the input; device, peak, memory, versions. ValueError for widths that don't fit. Takes minutes."
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = torch.bfloat16 if has_fast_bf16(device.type) else torch.float32
-    models, batch_sizes = [_scaled(arch, arch_args or {}, factor) for factor in dict.fromkeys(width_factors)], list(dict.fromkeys(batch_sizes))
+    models = list({tuple(args['widths']): args for args in (_scaled(arch, arch_args or {}, factor) for factor in width_factors)}.values())
+    if len({args['widths'][0] for args in models}) < len(models): raise ValueError(f'width_factors={list(width_factors)}: two of them give the stem as many channels, by which the models are told apart')
+    batch_sizes = list(dict.fromkeys(batch_sizes))
     sizes = [_size(arch, args) for args in models]
     record = dict(arch=arch, arch_args=arch_args or {}, sizes=sizes, device=device_name(device), peak_dtype=str(dtype).removeprefix('torch.'),
                   peak_flops=round(matrix_peak(device, dtype)), input=input_rates(min(512, max(batch_sizes)), device), commit=code_commit(), versions=package_versions(),
@@ -178,6 +181,7 @@ def bench(
             for row in _measure(lambda: create_model(arch, **args), batch_size, settings, device, rounds, seconds):
                 flops = size['flops']*(3 if row['mode'] == 'training' else 1)
                 record['rows'].append(dict(width=size['widths'][0], **row, share_of_peak=round(flops*row['img_per_s']/record['peak_flops'], 4)))
+            keep(record)
     return record
 
 def _widths(arch: str, arch_args: dict) -> list[int]:

@@ -257,11 +257,15 @@ def _run_bench(args: argparse.Namespace) -> int:
     from fishnet_nb.bench import bench, bench_report, plot_bench
     from fishnet_nb.training import free_path, write_atomically
     path = free_path(Path('results')/'bench'/(args.name or args.model), '.json')
-    path.parent.mkdir(parents=True, exist_ok=True)  # before all the measuring
-    record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds)
-    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # before all the measuring
+    def keep(record: dict) -> None: write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+    try: record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds, keep=keep)
+    finally:
+        if not path.stat().st_size: path.unlink()  # nothing was measured
+    print(f'{bench_report(record)}\n')
     _save(plot_bench(record), path.with_suffix('.png'))
-    print(f'{bench_report(record)}\n\nThe record is {path}, its plot {path.with_suffix(".png")}.')
+    print(f'The record is {path}, its plot {path.with_suffix(".png")}.')
     return 0
 
 # %% ../nbs/cli.ipynb #77be4905
@@ -270,7 +274,8 @@ def _run_data(args: argparse.Namespace) -> int:
     data/cifar-10-batches-py; every batch is read and checked."""
     from fishnet_nb.data import CIFARDataModule, check_images, data_folder, data_root, download_cifar
     source = str(download_cifar(data_root())) if args.download else 'shapes' if args.shapes else 'cifar10'
-    module = CIFARDataModule(source, val_fraction=0)
+    try: module = CIFARDataModule(source, val_fraction=0)
+    except FileNotFoundError as error: raise FileNotFoundError(f'{error}; the embedded shapes are shown by --shapes') from None
     info, cifar = module.data_info(), module.cifar
     print(f'{info["description"]}, in {data_folder(source)}\nSHA-256 of images and labels: {info["sha256"]}\n')
     print(_table([('class', 'training', 'test'), *zip(module.classes, _counts(cifar.train_labels, module), _counts(cifar.test_labels, module)),
@@ -392,13 +397,13 @@ def _agree(
                 for key, parameter in inspect.signature(made).parameters.items() if key != 'enable_progress_bar'}
     return one['seed_everything'] == other['seed_everything'] and all(one[part].get(key, value) == other[part].get(key, value) for (part, key), value in defaults.items())
 
-def _foreign(value: object) -> list[str]:
-    "Texts in an argument of the trainer that might name something to import: all but words and folders, and Lightning's own classes."
-    if isinstance(value, list): return [text for part in value for text in _foreign(part)]
+def _foreign(value: object, plain: str = r'[\w-]*') -> list[str]:
+    "Texts in an argument of the trainer that might name something to import, or a file that does: all but words, Lightning's own classes and folders among their arguments."
+    if isinstance(value, list): return [text for part in value for text in _foreign(part, plain)]
     if isinstance(value, dict):
         own = re.fullmatch(r'pytorch_lightning(\.\w+)+', str(value.get('class_path', '')))
-        return [text for key, part in value.items() if not (own and key == 'class_path') for text in _foreign(part)]
-    return [value] if isinstance(value, str) and not re.fullmatch(r'[\w/-]*', value) else []
+        return [text for key, part in value.items() if not (own and key == 'class_path') for text in _foreign(part, r'[\w/-]*' if own and key == 'init_args' else plain)]
+    return [value] if isinstance(value, str) and (not re.fullmatch(plain, value) or os.path.isfile(value)) else []
 
 def _check_data(
     stated: dict,  # the record

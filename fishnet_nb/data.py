@@ -207,9 +207,10 @@ def _reason(error: Exception) -> str:
     return str(error).removesuffix(f'; {_GET}')
 
 def _file_bytes(path: Path, max_bytes: int = 2**29) -> bytes:
-    "What the file holds. Raises IsADirectoryError, FileNotFoundError, or ValueError for what is no ordinary file or too large."
+    "What the file holds. Raises IsADirectoryError, FileNotFoundError, PermissionError, or ValueError for what is no ordinary file or too large."
     if path.is_dir(): raise IsADirectoryError(f'{path} is a folder where a file should be; {_GET}')
     if not path.exists(): raise FileNotFoundError(f'{path} is missing; {_GET}')
+    if not os.access(path, os.R_OK): raise PermissionError(f'{path} may not be read by you; change its permissions')
     if not path.is_file() or path.stat().st_size > max_bytes:
         raise ValueError(f'{path} is not an ordinary file of at most {max_bytes:,} bytes, as a batch is; {_GET}')
     return path.read_bytes()
@@ -246,10 +247,14 @@ class CIFAR(NamedTuple):
     classes: tuple[str, ...]  # the name of each label
 
 # %% ../nbs/01_data.ipynb #67c3b161
-def data_root() -> Path:
-    "`data` in the working folder, or from a folder of the project in the one above, where the notebooks find it; `data` when there is none yet."
+def _near(path: Path) -> Path:
+    "The folder, from the working folder or, within a folder of the project, from the one above, where the notebooks find it; `path` when there is none."
     is_inside = (Path('..')/'settings.ini').is_file()  # or the folder above is somebody else's
-    return next((root for root in (Path('data'), *[Path('..')/'data']*is_inside) if root.is_dir()), Path('data'))
+    return next((found for found in (path, *[Path('..')/path]*is_inside) if found.is_dir()), path)
+
+def data_root() -> Path:
+    "`data` in the working folder, or from a folder of the project in the one above; `data` when there is none yet."
+    return _near(Path('data'))
 
 def available_data() -> str:
     "'cifar10' if it has been given, by FISHNET_DATA or in `data`, be it whole or not; otherwise 'shapes'."
@@ -261,7 +266,7 @@ def find_data(
     "The folder that should hold the batches. Raises FileNotFoundError or NotADirectoryError."
     given = path or os.environ.get('FISHNET_DATA')
     origin = ' (from FISHNET_DATA)' if given and not path else ''
-    folder = Path(given or data_root()/CIFAR_FOLDER).expanduser()
+    folder = Path(path or _near(Path(given or data_root()/CIFAR_FOLDER).expanduser())).expanduser()
     if (folder/CIFAR_FOLDER).exists(): folder = folder/CIFAR_FOLDER
     if folder.is_file(): raise NotADirectoryError(f'{folder}{origin} is a file, and should be the folder that holds {TRAIN_BATCHES[0]}; {_GET}')
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}{origin} is not there; {_GET}{"" if path else ", or set FISHNET_DATA to the folder you have"}')
@@ -668,9 +673,10 @@ class DeviceDataset(Dataset):
 
     def __getitems__(
         self,
-        batch: list[tuple[int, int]],  # (epoch, index) of each image; the epoch is the same for all
+        batch: list[int | tuple[int, int]],  # index, or (epoch, index), of each image; the epoch is the same for all, and 0 for an index alone
     ) -> dict:  # img, label
         "The images of a batch, augmented and normalised, and their labels."
+        batch = [at if isinstance(at, tuple) else (0, at) for at in batch]
         rows = torch.tensor([i for _, i in batch], device=self.images.device)
         drawn = self._draws(batch[0][0]).each(lambda part: part[rows])
         return dict(img=augment_batch(self.images[rows], drawn, self.cutout_px), label=self.labels[rows])

@@ -63,9 +63,9 @@ def draw_transitions() -> Figure:
     "How a stage hands over to the next one, in ResNet and in FishNet's head. The thick line is the gradient's most direct way back."
     fig, ax = _canvas(4.8, 5)
     ax.plot([2.4, 2.4], [.1, 4.9], color='#d0d5dc', linewidth=1)
-    _draw_transition(ax, 0, ('ResNet', 'x', 'F: three\nconvolutions', 'sum', 'next stage'), RED, 'On its way back each gradient is\nmultiplied by the weights.')
+    _draw_transition(ax, 0, ('ResNet', 'x', 'F: three\nconvolutions', 'sum', 'next stage'), RED, 'Back along the thick line each\ngradient is multiplied by weights.')
     _box(ax, .6, 2.07, '1×1 conv.,\nisolated', 1.05, RED, '#fdeeee')
-    _draw_transition(ax, 2.45, ("FishNet's head", 'other x', 'T', 'concatenation', '2×2 max-pool, next stage'), BLACK, 'On its way back each gradient\narrives as it is.')
+    _draw_transition(ax, 2.45, ("FishNet's head", 'other x', 'T', 'concatenation', '2×2 max-pool, next stage'), BLACK, 'Back along the thick line each\ngradient arrives as it is.')
     return fig
 
 def _draw_transition(

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['FishNet', 'list_models', 'create_model', 'StageRow', 'named_stages', 'StagePass', 'watch_stages', 'stage_table',
-           'format_table', 'Complexity', 'count_complexity', 'replacing', 'save_weights', 'read_weights',
-           'load_weights', 'list_pretrained', 'pretrained_path']
+           'format_table', 'Complexity', 'count_complexity', 'replacing', 'save_weights', 'read_weights', 'read_about',
+           'unlike', 'load_weights', 'list_pretrained', 'pretrained_path']
 
 # %% ../nbs/06_fishnet.ipynb #5b89f117
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
@@ -226,37 +226,57 @@ def read_weights(
     path: str | Path,  # a .safetensors file written by `save_weights`
 ) -> tuple[dict[str, Tensor], dict]:  # the weights by name, and `about`
     "Weights and what they belong to. FileNotFoundError, or ValueError for a file that is damaged or of another origin."
+    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()}), read_about(path)
+
+def read_about(
+    path: str | Path,  # a .safetensors file written by `save_weights`
+) -> dict:
+    "What the weights in a file belong to, without reading them. FileNotFoundError, or ValueError for a file that is damaged or of another origin."
+    return _read(path, lambda file: dict(json.loads(file.metadata()['about'])))
+
+def _read(path: str | Path, what: Callable[['safetensors.safe_open'], dict]) -> dict:
+    "What is wanted of an open file of weights."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not there: give a .safetensors file, such as `fishnet-nb export` writes')
     try:
-        with safe_open(path, 'pt') as file: return {name: file.get_tensor(name) for name in file.keys()}, dict(json.loads(file.metadata()['about']))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error: raise ValueError(f'{path} holds no weights of this library ({error})') from None
+        with safe_open(path, 'pt') as file: return what(file)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error: raise ValueError(f'{path} holds no weights of this library ({error})') from None
+
+def unlike(
+    one: dict[str, Tensor],  # a state_dict
+    other: dict[str, Tensor],  # a state_dict
+) -> list[str]:
+    "The names of tensors that only one of them has, or that differ in shape."
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (one, other)]
+    return sorted(name for name in {*one, *other} if shapes[0].get(name) != shapes[1].get(name))
 
 def load_weights(
     path: str | Path,  # a .safetensors file written by `save_weights`
     num_classes: int | None = None,  # another number than the weights': then the last layer is new, or absent for 0
-    features_only: bool = False,  # without the classifier, for the features; num_classes doesn't count then
+    features_only: bool = False,  # without the classifier, for the features; num_classes must be None then
 ) -> nn.Module:  # in training mode, as every new module
     "The model that weights belong to, with the weights. FileNotFoundError, or ValueError for weights that don't fit."
     weights, about = read_weights(path)
     check_switches(features_only=features_only)
     if num_classes is not None and not is_whole(num_classes, 0): raise ValueError(f'num_classes={num_classes!r}: a whole number is expected, 0 for none')
-    try:
-        arch_args, scores = {'features_only': features_only} | (about['arch_args'] or {}), num_classes
+    def make() -> nn.Module:
+        arch_args, scores = dict(about['arch_args'] or {}), num_classes
+        arch_args['features_only'] = features_only or arch_args.get('features_only', False)
         if scores is None: scores = 0 if arch_args['features_only'] else about['num_classes']
-        model = create_model(about['arch'], scores, about['in_channels'], **arch_args)
-    except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
+        return create_model(about['arch'], scores, about['in_channels'], **arch_args)
+    try:
+        with torch.device('meta'): model = make()  # takes no memory, whatever its size
+    except (KeyError, TypeError, ValueError, RuntimeError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     left_out = ()  # what the names begin with
     if model.classifier is None:
         if num_classes is not None: raise ValueError(f'num_classes={num_classes}: there are features only; add a layer of your own')
         left_out = 'classifier.'
     elif num_classes not in (None, about.get('num_classes')): left_out = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(left_out)}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
-    found = {name: tensor.shape for name, tensor in kept.items()}
-    if wrong := sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name)):
+    kept, expected = ({name: tensor for name, tensor in state.items() if not name.startswith(left_out)} for state in (weights, model.state_dict()))
+    if wrong := unlike(kept, expected):
         raise ValueError(f'{path} does not fit a {about["arch"]} with {about["arch_args"]}: {len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them; '
                          'save the weights with the arguments that their model was made with')
+    model = make()
     model.load_state_dict(kept, strict=False)
     return model
 
@@ -281,7 +301,7 @@ def _create_pretrained(name: str, num_classes: int, in_channels: int, features_o
     "A model with the package's weights. ValueError for arguments that don't belong to them."
     make, depths = _lookup(name)
     path = pretrained_path(name)
-    about = read_weights(path)[1]
+    about = read_about(path)
     defaults = {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
     expected = {**defaults, **depths, **about['arch_args'], 'in_channels': about['in_channels']}
     plain = lambda value: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value

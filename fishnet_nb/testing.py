@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, are_class_names, find_data, read_classes
-from .models import load_weights, pretrained_path, read_weights, save_weights
+from .models import load_weights, pretrained_path, read_about, save_weights
 from .shapes import SHAPE_CLASSES
 from .training import (NOT_FINITE, UNFINISHED, Classifier, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
                                  write_atomically)
@@ -116,7 +116,8 @@ def trained_on(
 ) -> str:
     "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder if it is a checkpoint; 'cifar10' if the file doesn't say. ValueError for weights of other data."
     if Path(path).suffix == '.safetensors':
-        name = read_weights(path)[1].get('data', {}).get('name', 'cifar10')
+        data = read_about(path).get('data', {})
+        name = data.get('name', 'cifar10') if isinstance(data, dict) else 'cifar10'
         if name not in ('cifar10', 'shapes'): raise ValueError(f'{path} was trained on neither CIFAR-10 nor the shapes: name its data by --data')
         return name
     return _data_of(read_checkpoint(path))
@@ -148,7 +149,8 @@ def load_trained(
     "A trained network that answers as it was tested, so that its stated errors hold; nothing in the file is executed. FileNotFoundError, or ValueError if it doesn't fit."
     path = Path(pretrained_path('fishnet73') if path is None else path)
     if path.suffix != '.safetensors': return load_classifier(path), class_names(path)
-    network, about = load_weights(path), read_weights(path)[1]
+    network, about = load_weights(path), read_about(path)
+    if network.classifier is None: raise ValueError(f'{path} holds no classifier: load it by load_weights, for its features')
     classifier = Classifier(about['arch'], about['arch_args'], about['num_classes'], about['in_channels'], mirror=about.get('mirror', False))
     classifier.model.load_state_dict(network.state_dict())
     classes = about.get('classes') or [f'class {i}' for i in range(about['num_classes'])]

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NOT_FINITE', 'CIRCUMSTANCES', 'UNFINISHED', 'COLUMNS', 'make_metrics', 'summarise', 'Classifier', 'compile_problem',
            'list_recipes', 'recipe_name', 'recipe_path', 'has_fast_bf16', 'RecipeCLI', 'write_atomically',
-           'AtomicCheckpointIO', 'MovableCheckpoint', 'device_name', 'describe_device', 'code_commit',
-           'package_versions', 'read_metrics', 'RunRecorder', 'read_record', 'results_table', 'read_checkpoint',
-           'load_classifier', 'free_path', 'run_folder', 'quiet_lightning', 'RunInterrupted', 'fit']
+           'AtomicCheckpointIO', 'MovableCheckpoint', 'SyncedBatchNorm2d', 'CPUBatchNormSync', 'device_name',
+           'describe_device', 'code_commit', 'package_versions', 'read_metrics', 'RunRecorder', 'read_record',
+           'results_table', 'read_checkpoint', 'load_classifier', 'free_path', 'run_folder', 'quiet_lightning',
+           'RunInterrupted', 'fit']
 
 # %% ../nbs/07_training.ipynb #44640f81
 import csv
@@ -23,7 +24,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from difflib import get_close_matches
@@ -36,22 +38,25 @@ try: import fcntl
 except ImportError: fcntl = None  # Windows has no such locks
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jsonargparse import Namespace
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
+from pytorch_lightning.plugins import LayerSync
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn, Tensor
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torch.distributed.nn.functional import all_reduce
+from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from . import __version__
 from .data import CIFARDataModule
-from .models import count_complexity, create_model, pretrained_path, read_weights, replacing
-from .blocks import check_switches
+from .models import count_complexity, create_model, pretrained_path, read_about, replacing, unlike
+from .blocks import check_switches, is_whole
 
 # %% ../nbs/07_training.ipynb #6d2e759b
 def make_metrics(
@@ -61,14 +66,16 @@ def make_metrics(
     how = dict(average='micro', validate_args=False)  # the loss has checked the labels, and a GPU needn't wait for a check
     right = MetricCollection({'f1': MulticlassF1Score(num_classes, **how), 'top1': MulticlassAccuracy(num_classes, **how),
                               'top5': MulticlassAccuracy(num_classes, min(5, num_classes), **how)}, compute_groups=False)
-    return nn.ModuleDict({'loss': MeanMetric(nan_strategy=math.nan), 'n': SumMetric(), 'right': right})  # by default, a NaN would be left out of the mean
+    total = lambda: SumMetric(nan_strategy='disable')  # a NaN counts, and a GPU needn't wait for a look for one
+    return nn.ModuleDict({'loss': total(), 'n': total(), 'right': right})
 
 def summarise(
     metrics: nn.ModuleDict,  # from `make_metrics`, updated
 ) -> dict[str, Tensor]:  # loss, f1, top1_error, top5_error, n
     "The figures of an epoch; the metrics start afresh."
     right = metrics['right'].compute()
-    out = dict(loss=metrics['loss'].compute(), f1=right['f1'], top1_error=1 - right['top1'], top5_error=1 - right['top5'], n=metrics['n'].compute())
+    n = metrics['n'].compute()
+    out = dict(loss=metrics['loss'].compute()/n, f1=right['f1'], top1_error=1 - right['top1'], top5_error=1 - right['top5'], n=n)
     for metric in metrics.values(): metric.reset()
     return out
 
@@ -96,11 +103,12 @@ class Classifier(LightningModule):
             if given not in allowed: raise ValueError(f'{name}={given!r}: allowed are {", ".join(map(repr, allowed))}')
         if not 0 <= label_smoothing <= 1: raise ValueError(f'label_smoothing={label_smoothing}: allowed is 0 to 1')
         check_switches(mirror=mirror, compile=compile, pretrained=pretrained)
+        if not is_whole(num_classes): raise ValueError(f'num_classes={num_classes!r}: a whole number from 1 is expected, of classes to tell apart')
         if own := {'num_classes', 'in_channels', 'pretrained'} & set(arch_args or {}): raise ValueError(f'arch_args has no {", ".join(sorted(own))}: that is an argument of its own')
         if 'features_only' in (arch_args or {}): raise ValueError('arch_args has no features_only: a classifier gives scores')
         if not _is_plain(arch_args): raise ValueError(f'arch_args={arch_args}: plain numbers and lists are expected, which a checkpoint can hold')
         self.model = create_model(arch, num_classes, in_channels, pretrained, **(arch_args or {})).to(memory_format=torch.channels_last)
-        if pretrained: arch_args = read_weights(pretrained_path(arch))[1]['arch_args']  # so that a checkpoint says all that its network needs
+        if pretrained: arch_args = read_about(pretrained_path(arch))['arch_args']  # so that a checkpoint says all that its network needs
         self.save_hyperparameters(ignore='pretrained')
         self.metrics = nn.ModuleDict({f'{stage}_metrics': make_metrics(num_classes) for stage in ('train', 'val', 'test')})
 
@@ -130,7 +138,17 @@ class Classifier(LightningModule):
         scores, labels = self(batch['img']).float(), batch['label']
         loss = F.cross_entropy(scores, labels, label_smoothing=self.hparams.label_smoothing)
         self._update('train', scores, labels, loss)
-        return loss
+        return loss*self._weight(len(labels), batch_idx)
+
+    def _weight(self, n: int, batch_idx: int) -> float:
+        """What the mean loss of a batch of n counts for where gradients are accumulated, so that each image of a step counts alike: Lightning gives
+        all batches of a step the same share, also where the last step of an epoch has fewer batches, or a smaller one."""
+        if self._trainer is None or self.trainer.accumulate_grad_batches == 1: return 1
+        loader, n_batches = self.trainer.train_dataloader, self.trainer.accumulate_grad_batches
+        if not (loader.batch_size and isinstance(loader.sampler, Sized)): return 1  # another loader, whose batches aren't known beforehand
+        first = batch_idx//n_batches*n_batches*loader.batch_size
+        end = min(first + n_batches*loader.batch_size, self.trainer.num_training_batches*loader.batch_size, len(loader.sampler))
+        return n*n_batches/(end - first)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None: self._evaluate('val', batch)
 
@@ -148,7 +166,7 @@ class Classifier(LightningModule):
 
     def _update(self, stage: str, scores: Tensor, labels: Tensor, loss: Tensor) -> None:
         metrics = self.metrics[f'{stage}_metrics']
-        metrics['loss'].update(loss.detach(), len(labels))
+        metrics['loss'].update(loss.detach()*len(labels))
         metrics['n'].update(len(labels))
         metrics['right'].update(scores.detach(), labels)
 
@@ -161,8 +179,7 @@ class Classifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         "ValueError if a trainer goes on with the checkpoint of another network."
         if self._trainer and self.strict_loading:
-            then, now = ({name: tensor.shape for name, tensor in state.items()} for state in (checkpoint['state_dict'], self.state_dict()))
-            if wrong := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+            if wrong := unlike(checkpoint['state_dict'], self.state_dict()):
                 raise ValueError(f'the checkpoint is of a {_described(checkpoint.get("hyper_parameters", {}))}, and this network is a {_described(self.hparams)}: '
                                  f'{len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them; go on with the same network, or start a new run')
         self.planned_steps = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), math.inf)
@@ -256,8 +273,10 @@ def write_atomically(
     path: Path,  # the file's final name
     text: str,  # what it is to hold
 ) -> None:
-    "Write the whole text or nothing."
-    with replacing(path) as scratch: scratch.write_text(text, encoding='utf-8')
+    "Write the whole text or nothing. OSError, with the file's name, if there is no room."
+    try:
+        with replacing(path) as scratch: scratch.write_text(text, encoding='utf-8')
+    except OSError as error: raise OSError(error.errno, f'could not be written ({error.strerror}); what was written before is intact: make room, then go on', str(path)) from error
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     "Writes a checkpoint beside its final name, then renames it; a process killed meanwhile leaves the old one intact."
@@ -282,6 +301,32 @@ class MovableCheckpoint(ModelCheckpoint):
         moved = {key: here(state_dict[key]) for key in ('best_model_path', 'kth_best_model_path', 'last_model_path')}
         kept = {here(path): score for path, score in state_dict['best_k_models'].items()}
         super().load_state_dict(state_dict | moved | dict(dirpath=self.dirpath, best_k_models=kept))
+
+# %% ../nbs/07_training.ipynb #f737c1d5
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    "Batch norm with the mean and the variance of the images of all processes, as many in each. It runs on CPUs, too, where PyTorch's `SyncBatchNorm` doesn't."
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
+        if not self.training: return super().forward(x)
+        wide, n = x.to(torch.promote_types(x.dtype, torch.float32)), x.numel()//x.shape[1]*dist.get_world_size()
+        mean, square = all_reduce(torch.stack([wide.mean((0, 2, 3)), wide.square().mean((0, 2, 3))]))/dist.get_world_size()
+        var = square - mean**2
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var*n/(n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight*(var + self.eps).rsqrt()
+        return (wide*scale[:, None, None] + (self.bias - mean*scale)[:, None, None]).to(x.dtype)
+
+class CPUBatchNormSync(LayerSync):
+    "What `sync_batchnorm` does between processes on CPUs."
+    def apply(self, model: nn.Module) -> nn.Module: return self._replace(model, nn.BatchNorm2d, SyncedBatchNorm2d)
+
+    def revert(self, model: nn.Module) -> nn.Module: return self._replace(model, SyncedBatchNorm2d, nn.BatchNorm2d)
+
+    def _replace(self, model: nn.Module, old: type, new: type) -> nn.Module:
+        for module in model.modules():
+            if type(module) is old: module.__class__ = new  # with its weights and statistics
+        return model
 
 # %% ../nbs/07_training.ipynb #bb9101ed
 def device_name(
@@ -322,7 +367,8 @@ def package_versions() -> dict[str, str]:
 NOT_FINITE = 'stopped: the loss is no longer finite'  # the status of such a run
 CIRCUMSTANCES = 'commit', 'versions', 'device', 'started'  # of a run; where they have changed when it is resumed, its record keeps both
 UNFINISHED = 'running', 'interrupted'  # that of a run that can go on; one that was killed is still said to run
-COLUMNS = ('epoch', 'lr', 'train_loss', 'train_f1', 'val_loss', 'val_f1', 'val_top1_error', 'val_top5_error', 'wall_s', 'img_per_s')
+COLUMNS = ('epoch', 'lr',  # the rate that the next epoch begins with
+           'train_loss', 'train_f1', 'val_loss', 'val_f1', 'val_top1_error', 'val_top5_error', 'wall_s', 'img_per_s')
 
 def read_metrics(
     path: str | Path,  # a metrics.csv
@@ -444,11 +490,12 @@ def results_table(
 # %% ../nbs/07_training.ipynb #ce395e34
 def _check_hparams(
     hparams: object,  # what the checkpoint says of them
+    owner: type,  # `Classifier` or `CIFARDataModule`
     path: Path,  # for the message
 ) -> None:
-    "ValueError unless these are arguments of `Classifier` with plain values."
+    "ValueError unless these are arguments of that class with plain values."
     if not isinstance(hparams, dict): raise ValueError(f'{path} holds no hyperparameters: it is not a checkpoint of this library')
-    known = inspect.signature(Classifier).parameters
+    known = inspect.signature(owner).parameters
     foreign = [str(key) for key, value in hparams.items() if key not in known or not _is_plain(value)]
     if foreign: raise ValueError(f'{path} is refused: its hyperparameters hold {", ".join(foreign)}, which no run of this library writes')
 
@@ -458,26 +505,40 @@ def read_checkpoint(
     "A checkpoint's content, read without executing anything from it. FileNotFoundError, or ValueError if it isn't one of this library."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path} is not there: give a checkpoint file, such as checkpoints/best.ckpt of a run')
+    if zipfile.is_zipfile(path) and any(part.compress_type != zipfile.ZIP_STORED for part in _zip_parts(path)):  # which may grow without bounds
+        raise ValueError(f'{path} is refused: it is compressed, and PyTorch writes no such checkpoints')
     try: content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError: raise ValueError(f'{path} is refused: it is no checkpoint, or holds more than tensors and plain values') from None
     except Exception as error:  # the unpickler raises all sorts
         raise ValueError(f'{path} is damaged, or no checkpoint ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__})') from None
-    if not isinstance(content, dict) or not isinstance(content.get('state_dict'), dict):
+    weights = content.get('state_dict') if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         raise ValueError(f'{path} holds no weights: it is not a checkpoint of this library')
-    _check_hparams(content.get('hyper_parameters'), path)
+    _check_hparams(content.get('hyper_parameters'), Classifier, path)
+    if 'datamodule_hyper_parameters' in content: _check_hparams(content['datamodule_hyper_parameters'], CIFARDataModule, path)
+    if 'hparams' in content or 'module_arguments' in content: raise ValueError(f'{path} is refused: it holds hyperparameters as only old versions of Lightning wrote them')
     return content
+
+def _zip_parts(path: Path) -> list[zipfile.ZipInfo]:
+    "What a zip file holds; ValueError for a damaged one."
+    try:
+        with zipfile.ZipFile(path) as file: return file.infolist()
+    except zipfile.BadZipFile as error: raise ValueError(f'{path} is damaged, or no checkpoint ({error})') from None
 
 def load_classifier(
     path: str | Path,  # a .ckpt file
 ) -> Classifier:  # on the CPU, in eval mode
     "The trained classifier in a checkpoint; nothing in the file is executed. FileNotFoundError, or ValueError if it doesn't fit."
     content = read_checkpoint(path)
-    try: classifier = Classifier(**{**content['hyper_parameters'], 'compile': False})
-    except (TypeError, ValueError, AttributeError) as error: raise ValueError(f'{path} is refused: its hyperparameters make no network ({error})') from None
-    try: classifier.load_state_dict(content['state_dict'])
-    except RuntimeError as error:
-        raise ValueError(f'{path}: the weights are not those of a {classifier.hparams.arch} with the arguments that the checkpoint names '
-                         f'({str(error).splitlines()[1].strip()[:200]})') from None
+    def make() -> Classifier: return Classifier(**{**content['hyper_parameters'], 'compile': False})
+    try:
+        with torch.device('meta'): planned = make()  # takes no memory, whatever its size
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error: raise ValueError(f'{path} is refused: its hyperparameters make no network ({error})') from None
+    if wrong := unlike(content['state_dict'], planned.state_dict()):
+        raise ValueError(f'{path}: the weights are not those of a {planned.hparams.arch} with the arguments that the checkpoint names: '
+                         f'{len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them')
+    classifier = make()
+    classifier.load_state_dict(content['state_dict'])
     return classifier.eval()
 
 # %% ../nbs/07_training.ipynb #ac30e09e
@@ -500,9 +561,10 @@ def run_folder(
         if (folder/'config.yaml').is_file(): return folder
         raise FileNotFoundError(f'there is no run to resume in {folder}: start one without --resume')
     if rank_zero_only.rank: return folder  # the first rank alone writes
+    folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with suppress(FileExistsError):  # another run has just taken that name
-            (free := free_path(folder)).mkdir(parents=True)
+            (free := free_path(folder)).mkdir()
             return free
 
 # %% ../nbs/07_training.ipynb #2191eca1
@@ -576,7 +638,7 @@ def fit(
         if before: _check_changes(before.config, cli.config, folder)
         _check_run(cli.trainer, cli.model, cli.datamodule)
         folder = folder or run_folder(root, name, resume=False)
-        with _alone(folder): return _run(cli, folder, recipe_name(recipe), resume)
+        with _alone(folder), _announced(folder, '' if resume else cli.parser.dump(cli.config)): return _run(cli, folder, recipe_name(recipe), resume)
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
@@ -599,6 +661,15 @@ def _alone(folder: Path) -> Iterator[None]:
         file.close()
         for made in folder/'checkpoints', folder:  # for a run that never started
             with suppress(OSError): made.rmdir()  # unless something is in it
+
+@contextmanager
+def _announced(folder: Path, config: str) -> Iterator[None]:
+    "A new run's config.yaml is there from the beginning, so that one that is killed before its first step can be resumed; if it never starts, it is removed."
+    if rank_zero_only.rank or not config: yield; return
+    write_atomically(folder/'config.yaml', config)
+    try: yield
+    finally:
+        if not (folder/'record.json').is_file(): (folder/'config.yaml').unlink(missing_ok=True)
 
 def _resumable_folder(root: str | Path, name: str, recipe: str) -> Path:
     "The folder of a run that can go on. FileNotFoundError for one without its checkpoint, ValueError for one of another recipe."
@@ -641,7 +712,7 @@ def _check_run(trainer: Trainer, model: Classifier, data: CIFARDataModule) -> No
     if not data.split[1].size: raise ValueError('data.val_fraction is 0: a run needs validation images, which choose its best epoch')
     if model.hparams.in_channels != 3: raise ValueError(f'model.in_channels is {model.hparams.in_channels}, and the images have 3 channels')
     wrong = {'fast_dev_run': bool(trainer.fast_dev_run), 'barebones': trainer.barebones, 'check_val_every_n_epoch': trainer.check_val_every_n_epoch != 1, 'max_epochs': trainer.max_epochs is not None and trainer.max_epochs < 1,
-             'max_steps': trainer.max_steps != -1, 'max_time': any(isinstance(callback, Timer) for callback in trainer.callbacks),
+             'val_check_interval': trainer.val_check_interval != 1.0 or isinstance(trainer.val_check_interval, int), 'max_steps': trainer.max_steps != -1, 'max_time': any(isinstance(callback, Timer) for callback in trainer.callbacks),
              **{name: getattr(trainer, name) == 0 for name in ('limit_train_batches', 'limit_val_batches', 'limit_test_batches')}}
     for name, is_wrong in wrong.items():
         if is_wrong: raise ValueError(f'trainer.{name}: a run is made of whole epochs, with training and validation in each, which choose its best one, and of a test; '
@@ -658,6 +729,7 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     recorder = RunRecorder(folder, record, cli.parser.dump(cli.config), read_metrics(folder/'metrics.csv') if resume else (), earlier)
     trainer.callbacks = [*trainer.callbacks, *_callbacks(folder, recorder, model.hparams.schedule)]
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    if trainer.world_size > 1 and trainer.strategy.root_device.type == 'cpu' and cli.config.trainer.sync_batchnorm: trainer.strategy._layer_sync = CPUBatchNormSync()
     last = folder/'checkpoints'/'last.ckpt'
     if trainer.is_global_zero:
         for scratch in folder.glob('**/.*.*'):  # half a file of a process that was killed
@@ -672,7 +744,8 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
         found = _final(trainer, model, data, recorder.rows)
     except FloatingPointError: recorder.write(trainer, status=NOT_FINITE); raise
     except BaseException as error:
-        if recorder.has_started: recorder.write(trainer, status='interrupted')
+        with suppress(OSError):  # on a full disk, what filled it is the error
+            if recorder.has_started: recorder.write(trainer, status='interrupted')
         if isinstance(error, (KeyboardInterrupt, SystemExit, BrokenPipeError)) and recorder.has_started: raise RunInterrupted(folder, len(recorder.rows)) from error
         if isinstance(error, SystemExit): raise KeyboardInterrupt from None  # Lightning makes the one of the other
         raise

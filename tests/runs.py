@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,10 +52,10 @@ class Run:
         return tuple((Path(self.logs.name)/name).read_text() for name in ('out', 'err'))
 
 
-def start(folder: Path, *args: str, program: Sequence[str] = ('-m', 'fishnet_nb'), **more: object) -> subprocess.Popen:
+def start(folder: Path, *args: str, **more: object) -> subprocess.Popen:
     "The same in a whole new process, which several ranks need; `more` goes to Popen."
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, *program, 'fit', 'quick', *args], cwd=folder, env=env, text=True,
+    return subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick', *args], cwd=folder, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
 
 

@@ -286,12 +286,12 @@ def test_a_run_that_stopped_is_reproduced_if_it_stops_again(inside, capsys):
     assert main(['reproduce', 'infinite']) == 0 and 'reproduced: the loss is no longer finite' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('named', [dict(callbacks='evil.X'), dict(callbacks=[{'class_path': 'evil.X'}]), dict(profiler={'class_path': 'evil.X', 'init_args': {}}), dict(strategy='evil.X'), dict(callbacks='{"class_path": "evil.X"}'), dict(callbacks='./evil.yaml'), {'callbacks+': 'evil.X'}, {'callbacks.class_path': 'evil.X'},
+@pytest.mark.parametrize('named', [dict(callbacks='evil.X'), dict(callbacks=[{'class_path': 'evil.X'}]), dict(profiler={'class_path': 'evil.X', 'init_args': {}}), dict(strategy='evil.X'), dict(callbacks='{"class_path": "evil.X"}'), dict(callbacks='./evil.yaml'), dict(callbacks='/tmp/evil'), dict(callbacks='evil-too'), {'callbacks+': 'evil.X'}, {'callbacks.class_path': 'evil.X'},
                                    dict(callbacks=[{'class_path': 'pytorch_lightning.callbacks.LambdaCallback', 'init_args': {'on_fit_start': 'evil.x'}}])])
 def test_a_record_brings_no_code(inside, capsys, monkeypatch, named):
     "`reproduce` imports nothing that a record names, but Lightning's callbacks."
     Path('evil.py').write_text('open("executed", "w")')
-    Path('evil.yaml').write_text('class_path: evil.X')
+    for name in 'evil.yaml', 'evil-too': Path(name).write_text('class_path: evil.X')
     monkeypatch.syspath_prepend(inside)
     record = read_record('tiny')
     write_record(inside/'results'/'evil', json.dumps(record | dict(hparams=record['hparams'] | dict(trainer=record['hparams']['trainer'] | named))))
@@ -335,6 +335,16 @@ def test_bench_writes_its_record_and_its_plot(inside, capsys, monkeypatch):
     assert bench.bench_report(record) in found and 'is the bottleneck' in found and 'results/bench/tiny.png' in found
     assert [(row['width'], row['mode'], row['setting']) for row in record['rows'][::3]] == [(8, 'training', 'baseline'), (8, 'inference', 'channels last'), (16, 'inference', 'baseline')]
     assert Image.open('results/bench/tiny.png').size[0] > 500
+    def end(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(bench, '_memory_mb', end)  # in the first of what is measured
+    assert main(['bench', 'fishnet73', '--widths', '8', '16', '--tail', '1', '1', '--batch-size', '4', '--rounds', '1', '--name', 'stopped']) == 130
+    assert not Path('results/bench/stopped.json').exists()
+    measured = iter([[dict(mode='training', batch_size=4, setting=bench.BASELINE.name, img_per_s=1., ratio=1., memory_mb=1.)]])
+    def once(*args): return next(measured, None) or end()
+    monkeypatch.setattr(bench, '_measure', once)
+    assert main(['bench', 'fishnet73', '--widths', '8', '16', '--tail', '1', '1', '--batch-size', '4', '8', '--rounds', '1', '--name', 'stopped']) == 130
+    assert [row['batch_size'] for row in bench.read_bench('results/bench/stopped.json')['rows']] == [4]  # what was measured is kept
+    assert main(['bench', 'fishnet73', '--width-factor', '1', '1.001']) == 2 and 'as many channels' in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_run_that_the_printed_command_resumes(work):

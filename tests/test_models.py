@@ -97,6 +97,18 @@ def test_weights_that_name_no_classes_rightly_are_refused(tmp_path):
     save_weights(model, tmp_path/'bare.safetensors', {key: value for key, value in about.items() if key != 'num_classes'})
     assert load_weights(tmp_path/'bare.safetensors', 7)(torch.randn(1, 3, 8, 8)).shape == (1, 7)
     assert len(load_weights(tmp_path/'bare.safetensors', features_only=True)(torch.randn(1, 3, 8, 8))) == 2
+    save_weights(model, tmp_path/'told.safetensors', about | dict(arch_args=about['arch_args'] | dict(features_only=False)))
+    assert len(load_weights(tmp_path/'told.safetensors', features_only=True)(torch.randn(1, 3, 8, 8))) == 2
+    backbone = create_model('fishnet73', features_only=True, widths=(8, 16), tail=(1, 1))
+    save_weights(backbone, tmp_path/'headless.safetensors', about | dict(arch_args=about['arch_args'] | dict(features_only=True)))
+    with pytest.raises(ValueError, match='headless.safetensors holds no classifier'): load_trained(tmp_path/'headless.safetensors')
+
+
+@pytest.mark.parametrize('wrong', [dict(num_classes=10**12), dict(arch_args=dict(widths=[10**7, 2*10**7], tail=[1, 1])), dict(arch_args=None), dict(arch='vgg')])
+def test_weights_that_claim_another_network_take_no_memory_for_it(tmp_path, wrong):
+    about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1]), num_classes=2, in_channels=3)
+    save_weights(create_model('fishnet73', 2, widths=(8, 16), tail=(1, 1)), tmp_path/'bad.safetensors', about | wrong)
+    with pytest.raises(ValueError, match='bad.safetensors does not'): load_weights(tmp_path/'bad.safetensors')
 
 
 def test_weights_in_the_package_want_their_own_network():

@@ -36,6 +36,8 @@ def test_notebook_is_fit_to_be_read(path):
     assert outputs, 'a notebook is committed with its outputs'
     assert not [o for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
     assert not [o for o in outputs if 'application/vnd.jupyter.widget-view+json' in o.get('data', {})], 'a widget shows nothing without its kernel'
+    assert 'widgets' not in json.loads(path.read_text(encoding='utf-8'))['metadata'], 'what is left of progress bars'
+    assert any("if 'google.colab' in str(get_ipython())" in ''.join(cell['source']) for cell in cells), 'each page can be opened in Colab, which installs the project first'
 
 
 def test_notebook_with_fields_ends_when_it_is_run_as_a_whole(copy):

@@ -105,6 +105,7 @@ def test_each_page_says_where_it_comes_from(pages):
     for name, page in pages.items():
         links = [tag['href'] for tag in page.find_all('a', href=True)]
         assert any(re.search(rf'github.com/.*/{name[:-5]}.ipynb$', link) for link in links), name
+        assert any(re.search(rf'colab.research.google.com/.*/{name[:-5]}.ipynb$', link) for link in links), name
 
 
 def test_names_in_the_text_lead_to_their_definition(pages):
@@ -162,6 +163,7 @@ def test_quarto_and_the_renderer_here_read_the_same():
     "The project files are plain YAML, and the sidebar names each page once."
     config, sidebar = (yaml.safe_load((ROOT/'nbs'/name).read_text(encoding='utf-8')) for name in ('_quarto.yml', 'sidebar.yml'))
     assert config['project']['type'] == 'website' and config['metadata-files'] == ['sidebar.yml'] and (ROOT/'nbs'/'site'/'finish.py').is_file()
+    assert f"doc_path = {config['project']['output-dir']}\n" in (ROOT/'settings.ini').read_text(encoding='utf-8')  # where nbdev_docs looks for it, within its copy of the pages
     def pages(contents): return [page for item in contents for page in ([item] if isinstance(item, str) else pages(item['contents']) if 'contents' in item else [item['href']])]
     assert sorted(pages(sidebar['website']['sidebar']['contents'])) == sorted(path.name for path in (ROOT/'nbs').glob('*.ipynb'))
     for path in (ROOT/'nbs').glob('*.ipynb'):

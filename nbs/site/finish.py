@@ -17,6 +17,8 @@ CHANGES = {
         r'\[`([^`\]]+)`\]\([^)\s]+\)': r'\1',  # a link that nbdev made within code
         r'<(pre|table|span(?= class="math display"))(?=[ >])': r'<\1 tabindex="0"',  # they may scroll, so the keyboard has to reach them
         r'(<i class="bi bi-github") role="img"': r'\1 aria-hidden="true"',
+        r'(<a href="https://github\.com/([^"]+\.ipynb)"[^>]*class="toc-action"[^>]*>.*?</a>)':
+            r'\1 <a href="https://colab.research.google.com/github/\2" class="toc-action">Open in Colab</a>',
         r'role="navigation" (?=aria-expanded)': 'role="button" ',  # what opens a section of the sidebar
         r'<nav class="navbar': '<nav aria-label="site" class="navbar',
         r'<nav class="quarto-secondary-nav': '<nav aria-label="this page" class="quarto-secondary-nav',
