@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINE', 'Setting', 'device_settings', 'make_step', 'rates', 'matrix_peak', 'kept_bytes', 'data_rate', 'bench',
-           'input_rates', 'read_bench', 'bench_table', 'bottleneck', 'bench_report', 'plot_bench']
+           'input_rates', 'read_bench', 'bench_table', 'bottleneck', 'bench_command', 'bench_report', 'plot_bench']
 
 # %% ../nbs/10_speed.ipynb #a8176e26
 import json
@@ -268,15 +268,26 @@ def bottleneck(
     return f'Training takes at most {training:,.0f} images per second. Of {given["data"]}, {delivered}: ' + (
         f'with {" or ".join(slow)}, the input is the bottleneck.' if slow else 'the network is the bottleneck, not the input.')
 
+def bench_command(
+    record: dict,  # from `bench`
+) -> str:
+    "The command that measures the same again."
+    sizes = {f'--{key.replace("_", "-")}': value if isinstance(value, (list, tuple)) else [value] for key, value in record['arch_args'].items()}
+    first = _widths(record['arch'], record['arch_args'])[0]
+    asked = sizes | {'--width-factor': [f'{size["widths"][0]/first:g}' for size in record['sizes']], '--batch-size': dict.fromkeys(row['batch_size'] for row in record['rows'])}
+    if asked['--width-factor'] == ['1']: del asked['--width-factor']
+    return ' '.join(['fishnet-nb bench', record['arch'], *(f'{option} {" ".join(map(str, values))}' for option, values in asked.items())])
+
 def bench_report(
     record: dict,  # from `bench`
 ) -> str:
-    "A benchmark in Markdown: what was measured, where, the table, and what is the bottleneck."
+    "A benchmark in Markdown: what was measured, where, the table, what is the bottleneck, and the command that measures it again."
     sizes = '; '.join(f'width {size["widths"][0]}: {size["params"]/1e6:.2f} M parameters, {size["flops"]/1e9:.2f} GFLOPs' for size in record['sizes'])
     where = (f'{record["device"]}, {record["peak_flops"]/1e9:,.0f} GFLOP/s in a {record["peak_dtype"]} matrix product; '
              f'commit {record["commit"]}, PyTorch {record["versions"]["torch"]}')
     left_out = f' Nothing is compiled: {record["left_out"]}.' if 'left_out' in record else ''
-    return f'{record["arch"]}, {sizes}. {where}.{left_out}\n\n{bench_table(record)}\n\n{bottleneck(record)}'.rstrip()
+    parts = f'{record["arch"]}, {sizes}. {where}.{left_out}', bench_table(record), bottleneck(record), f'Again: `{bench_command(record)}`'
+    return '\n\n'.join(filter(None, parts))
 
 def plot_bench(
     record: dict,  # from `bench`
