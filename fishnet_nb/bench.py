@@ -273,8 +273,8 @@ def bench_command(
 ) -> str:
     "The command that measures the same again."
     sizes = {f'--{key.replace("_", "-")}': value if isinstance(value, (list, tuple)) else [value] for key, value in record['arch_args'].items()}
-    first = _widths(record['arch'], record['arch_args'])[0]
-    asked = sizes | {'--width-factor': [f'{size["widths"][0]/first:g}' for size in record['sizes']], '--batch-size': dict.fromkeys(row['batch_size'] for row in record['rows'])}
+    whole = sum(_widths(record['arch'], record['arch_args']))
+    asked = sizes | {'--width-factor': [f'{sum(size["widths"])/whole:.4g}' for size in record['sizes']], '--batch-size': dict.fromkeys(row['batch_size'] for row in record['rows'])}
     if asked['--width-factor'] == ['1']: del asked['--width-factor']
     return ' '.join(['fishnet-nb bench', record['arch'], *(f'{option} {" ".join(map(str, values))}' for option, values in asked.items())])
 

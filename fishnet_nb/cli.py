@@ -258,11 +258,9 @@ def _run_bench(args: argparse.Namespace) -> int:
     from fishnet_nb.training import free_path, write_atomically
     path = free_path(Path('results')/'bench'/(args.name or args.model), '.json')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # before all the measuring
+    tempfile.TemporaryFile(dir=path.parent).close()  # or an error now, before all the measuring
     def keep(record: dict) -> None: write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
-    try: record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds, keep=keep)
-    finally:
-        if not path.stat().st_size: path.unlink()  # nothing was measured
+    record = bench(args.model, _sizes(args), args.batch_size, args.width_factor, args.rounds, keep=keep)
     print(f'{bench_report(record)}\n')
     _save(plot_bench(record), path.with_suffix('.png'))
     print(f'The record is {path}, its plot {path.with_suffix(".png")}.')

@@ -266,7 +266,7 @@ def find_data(
     "The folder that should hold the batches. Raises FileNotFoundError or NotADirectoryError."
     given = path or os.environ.get('FISHNET_DATA')
     origin = ' (from FISHNET_DATA)' if given and not path else ''
-    folder = Path(path or _near(Path(given or data_root()/CIFAR_FOLDER).expanduser())).expanduser()
+    folder = Path(path).expanduser() if path else _near(Path(given).expanduser()) if given else data_root()/CIFAR_FOLDER
     if (folder/CIFAR_FOLDER).exists(): folder = folder/CIFAR_FOLDER
     if folder.is_file(): raise NotADirectoryError(f'{folder}{origin} is a file, and should be the folder that holds {TRAIN_BATCHES[0]}; {_GET}')
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}{origin} is not there; {_GET}{"" if path else ", or set FISHNET_DATA to the folder you have"}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FishNet', 'list_models', 'create_model', 'StageRow', 'named_stages', 'StagePass', 'watch_stages', 'stage_table',
            'format_table', 'Complexity', 'count_complexity', 'replacing', 'save_weights', 'read_weights', 'read_about',
-           'unlike', 'load_weights', 'list_pretrained', 'pretrained_path']
+           'check_blocks', 'unlike', 'load_weights', 'list_pretrained', 'pretrained_path']
 
 # %% ../nbs/06_fishnet.ipynb #5b89f117
 import hashlib
@@ -242,6 +242,14 @@ def _read(path: str | Path, what: Callable[['safetensors.safe_open'], dict]) -> 
         with safe_open(path, 'pt') as file: return what(file)
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error: raise ValueError(f'{path} holds no weights of this library ({error})') from None
 
+def check_blocks(
+    arch_args: dict | None,  # what a file claims of its model
+    weights: dict[str, Tensor],  # what is in it
+) -> None:
+    "ValueError if there would be more blocks than tensors, before anybody builds them."
+    blocks = sum(n for part in ('tail', 'body', 'head') for n in (arch_args or {}).get(part) or ())
+    if blocks > len(weights): raise ValueError(f'{blocks} blocks, and {len(weights)} tensors')
+
 def unlike(
     one: dict[str, Tensor],  # a state_dict
     other: dict[str, Tensor],  # a state_dict
@@ -265,8 +273,9 @@ def load_weights(
         if scores is None: scores = 0 if arch_args['features_only'] else about['num_classes']
         return create_model(about['arch'], scores, about['in_channels'], **arch_args)
     try:
-        with torch.device('meta'): model = make()  # takes no memory, whatever its size
-    except (KeyError, TypeError, ValueError, RuntimeError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
+        check_blocks(about['arch_args'], weights)
+        with torch.device('meta'): model = make()  # takes no memory for its weights
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     left_out = ()  # what the names begin with
     if model.classifier is None:
         if num_classes is not None: raise ValueError(f'num_classes={num_classes}: there are features only; add a layer of your own')

@@ -12,6 +12,7 @@ __all__ = ['NOT_FINITE', 'CIRCUMSTANCES', 'UNFINISHED', 'COLUMNS', 'make_metrics
 
 # %% ../nbs/07_training.ipynb #44640f81
 import csv
+import errno
 import inspect
 import json
 import logging
@@ -19,6 +20,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -49,13 +51,12 @@ from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcess
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn, Tensor
-from torch.distributed.nn.functional import all_reduce
 from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from . import __version__
 from .data import CIFARDataModule
-from .models import count_complexity, create_model, pretrained_path, read_about, replacing, unlike
+from .models import check_blocks, count_complexity, create_model, pretrained_path, read_about, replacing, unlike
 from .blocks import check_switches, is_whole
 
 # %% ../nbs/07_training.ipynb #6d2e759b
@@ -145,7 +146,7 @@ class Classifier(LightningModule):
         all batches of a step the same share, also where the last step of an epoch has fewer batches, or a smaller one."""
         if self._trainer is None or self.trainer.accumulate_grad_batches == 1: return 1
         loader, n_batches = self.trainer.train_dataloader, self.trainer.accumulate_grad_batches
-        if not (loader.batch_size and isinstance(loader.sampler, Sized)): return 1  # another loader, whose batches aren't known beforehand
+        if not (getattr(loader, 'batch_size', None) and isinstance(loader.sampler, Sized)): return 1  # another loader, whose batches aren't known beforehand
         first = batch_idx//n_batches*n_batches*loader.batch_size
         end = min(first + n_batches*loader.batch_size, self.trainer.num_training_batches*loader.batch_size, len(loader.sampler))
         return n*n_batches/(end - first)
@@ -273,10 +274,12 @@ def write_atomically(
     path: Path,  # the file's final name
     text: str,  # what it is to hold
 ) -> None:
-    "Write the whole text or nothing. OSError, with the file's name, if there is no room."
+    "Write the whole text or nothing. OSError, with the file's name, if it can't be written."
     try:
         with replacing(path) as scratch: scratch.write_text(text, encoding='utf-8')
-    except OSError as error: raise OSError(error.errno, f'could not be written ({error.strerror}); what was written before is intact: make room, then go on', str(path)) from error
+    except OSError as error:
+        advice = ': make room, then go on'*(error.errno in (errno.ENOSPC, errno.EDQUOT))
+        raise OSError(error.errno, f'could not be written ({error.strerror}); what was written before is intact{advice}', str(path)) from error
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     "Writes a checkpoint beside its final name, then renames it; a process killed meanwhile leaves the old one intact."
@@ -303,19 +306,29 @@ class MovableCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict | moved | dict(dirpath=self.dirpath, best_k_models=kept))
 
 # %% ../nbs/07_training.ipynb #f737c1d5
+class _Sum(torch.autograd.Function):
+    "The sum over all processes, of a tensor and of its gradient."
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor: return _Sum.apply(gradient)
+
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     "Batch norm with the mean and the variance of the images of all processes, as many in each. It runs on CPUs, too, where PyTorch's `SyncBatchNorm` doesn't."
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
         if not self.training: return super().forward(x)
-        wide, n = x.to(torch.promote_types(x.dtype, torch.float32)), x.numel()//x.shape[1]*dist.get_world_size()
-        mean, square = all_reduce(torch.stack([wide.mean((0, 2, 3)), wide.square().mean((0, 2, 3))]))/dist.get_world_size()
-        var = square - mean**2
+        wide, ranks = x.to(torch.promote_types(x.dtype, torch.float32)), dist.get_world_size()
+        centred = wide - (mean := _Sum.apply(wide.mean((0, 2, 3)))/ranks)[:, None, None]
+        var, n = _Sum.apply(centred.square().mean((0, 2, 3)))/ranks, x.numel()//x.shape[1]*ranks
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var*n/(n - 1), self.momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var*n/(n - 1)).to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked += 1
-        scale = self.weight*(var + self.eps).rsqrt()
-        return (wide*scale[:, None, None] + (self.bias - mean*scale)[:, None, None]).to(x.dtype)
+        return (centred*(self.weight*(var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 class CPUBatchNormSync(LayerSync):
     "What `sync_batchnorm` does between processes on CPUs."
@@ -514,6 +527,8 @@ def read_checkpoint(
     weights = content.get('state_dict') if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         raise ValueError(f'{path} holds no weights: it is not a checkpoint of this library')
+    if not all(value.device.type == 'cpu' and value.layout == torch.strided and not value.is_quantized for value in weights.values()) or sum(value.nbytes for value in weights.values()) > path.stat().st_size:
+        raise ValueError(f'{path} is refused: its weights are not all in it')
     _check_hparams(content.get('hyper_parameters'), Classifier, path)
     if 'datamodule_hyper_parameters' in content: _check_hparams(content['datamodule_hyper_parameters'], CIFARDataModule, path)
     if 'hparams' in content or 'module_arguments' in content: raise ValueError(f'{path} is refused: it holds hyperparameters as only old versions of Lightning wrote them')
@@ -523,7 +538,8 @@ def _zip_parts(path: Path) -> list[zipfile.ZipInfo]:
     "What a zip file holds; ValueError for a damaged one."
     try:
         with zipfile.ZipFile(path) as file: return file.infolist()
-    except zipfile.BadZipFile as error: raise ValueError(f'{path} is damaged, or no checkpoint ({error})') from None
+    except Exception as error:  # of many kinds
+        raise ValueError(f'{path} is damaged, or no checkpoint ({error})') from None
 
 def load_classifier(
     path: str | Path,  # a .ckpt file
@@ -532,7 +548,8 @@ def load_classifier(
     content = read_checkpoint(path)
     def make() -> Classifier: return Classifier(**{**content['hyper_parameters'], 'compile': False})
     try:
-        with torch.device('meta'): planned = make()  # takes no memory, whatever its size
+        check_blocks(content['hyper_parameters'].get('arch_args'), content['state_dict'])
+        with torch.device('meta'): planned = make()  # takes no memory for its weights
     except (TypeError, ValueError, AttributeError, RuntimeError) as error: raise ValueError(f'{path} is refused: its hyperparameters make no network ({error})') from None
     if wrong := unlike(content['state_dict'], planned.state_dict()):
         raise ValueError(f'{path}: the weights are not those of a {planned.hparams.arch} with the arguments that the checkpoint names: '
@@ -638,7 +655,7 @@ def fit(
         if before: _check_changes(before.config, cli.config, folder)
         _check_run(cli.trainer, cli.model, cli.datamodule)
         folder = folder or run_folder(root, name, resume=False)
-        with _alone(folder), _announced(folder, '' if resume else cli.parser.dump(cli.config)): return _run(cli, folder, recipe_name(recipe), resume)
+        with _alone(folder), _announced(folder, '' if resume else _config(cli, recipe)): return _run(cli, folder, recipe_name(recipe), resume)
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
@@ -662,6 +679,10 @@ def _alone(folder: Path) -> Iterator[None]:
         for made in folder/'checkpoints', folder:  # for a run that never started
             with suppress(OSError): made.rmdir()  # unless something is in it
 
+def _config(cli: RecipeCLI, recipe: str) -> str:
+    "What a run's config.yaml holds."
+    return f'# recipe: {recipe_name(recipe)}\n{cli.parser.dump(cli.config)}'
+
 @contextmanager
 def _announced(folder: Path, config: str) -> Iterator[None]:
     "A new run's config.yaml is there from the beginning, so that one that is killed before its first step can be resumed; if it never starts, it is removed."
@@ -676,7 +697,9 @@ def _resumable_folder(root: str | Path, name: str, recipe: str) -> Path:
     try: folder = run_folder(root, name, resume=True)
     except FileNotFoundError as error: raise FileNotFoundError(f'{error}{_what_can_go_on(root, recipe)}') from None
     record = read_record(folder) if (folder/'record.json').is_file() else {}
-    if record.get('recipe', recipe_name(recipe)) != recipe_name(recipe): raise ValueError(f'{folder} is a run of the recipe {record["recipe"]}, not of {recipe}')
+    told = re.match('# recipe: (.*)', (folder/'config.yaml').read_text(encoding='utf-8'))
+    begun = record.get('recipe', told[1] if told else recipe_name(recipe))
+    if begun != recipe_name(recipe): raise ValueError(f'{folder} is a run of the recipe {begun}, not of {recipe}')
     if not record: recipe_path(recipe)  # no record says whether it is the run's
     last = folder/'checkpoints'/'last.ckpt'
     if last.is_file(): read_checkpoint(last)  # or raises
@@ -712,7 +735,7 @@ def _check_run(trainer: Trainer, model: Classifier, data: CIFARDataModule) -> No
     if not data.split[1].size: raise ValueError('data.val_fraction is 0: a run needs validation images, which choose its best epoch')
     if model.hparams.in_channels != 3: raise ValueError(f'model.in_channels is {model.hparams.in_channels}, and the images have 3 channels')
     wrong = {'fast_dev_run': bool(trainer.fast_dev_run), 'barebones': trainer.barebones, 'check_val_every_n_epoch': trainer.check_val_every_n_epoch != 1, 'max_epochs': trainer.max_epochs is not None and trainer.max_epochs < 1,
-             'val_check_interval': trainer.val_check_interval != 1.0 or isinstance(trainer.val_check_interval, int), 'max_steps': trainer.max_steps != -1, 'max_time': any(isinstance(callback, Timer) for callback in trainer.callbacks),
+             'val_check_interval': repr(getattr(trainer, 'val_check_interval', None)) != '1.0', 'max_steps': trainer.max_steps != -1, 'max_time': any(isinstance(callback, Timer) for callback in trainer.callbacks),
              **{name: getattr(trainer, name) == 0 for name in ('limit_train_batches', 'limit_val_batches', 'limit_test_batches')}}
     for name, is_wrong in wrong.items():
         if is_wrong: raise ValueError(f'trainer.{name}: a run is made of whole epochs, with training and validation in each, which choose its best one, and of a test; '
@@ -726,7 +749,7 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     record = dict(name=folder.name, recipe=recipe, hparams=config, seed=cli.config.seed_everything, data=data.data_info(), commit=code_commit(),
                   versions=package_versions(), started=datetime.now(timezone.utc).strftime('%Y-%m-%d'), **_size(model))
     earlier = read_record(folder) if resume and (folder/'record.json').is_file() else None
-    recorder = RunRecorder(folder, record, cli.parser.dump(cli.config), read_metrics(folder/'metrics.csv') if resume else (), earlier)
+    recorder = RunRecorder(folder, record, _config(cli, recipe), read_metrics(folder/'metrics.csv') if resume else (), earlier)
     trainer.callbacks = [*trainer.callbacks, *_callbacks(folder, recorder, model.hparams.schedule)]
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     if trainer.world_size > 1 and trainer.strategy.root_device.type == 'cpu' and cli.config.trainer.sync_batchnorm: trainer.strategy._layer_sync = CPUBatchNormSync()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fishnet_nb.training import read_checkpoint, read_metrics, read_record
+from fishnet_nb.training import fit, read_checkpoint, read_metrics, read_record
 
 from runs import TINY, figures, finish, Run, wait_for_epochs
 
@@ -46,6 +46,7 @@ def test_run_killed_before_its_first_step_is_resumed(tmp_path):
     process.kill()
     process.communicate()
     assert not (folder/'record.json').exists()
+    with pytest.raises(ValueError, match='fresh is a run of the recipe quick, not of cpu'): fit('cpu', name='fresh', resume=True, root=tmp_path/'results')
     finish(Run(tmp_path, '--name=fresh', '--resume'))
     assert read_record(folder)['status'] == 'finished' and [path.name for path in (tmp_path/'results').iterdir()] == ['fresh']
 

@@ -104,7 +104,7 @@ def test_weights_that_name_no_classes_rightly_are_refused(tmp_path):
     with pytest.raises(ValueError, match='headless.safetensors holds no classifier'): load_trained(tmp_path/'headless.safetensors')
 
 
-@pytest.mark.parametrize('wrong', [dict(num_classes=10**12), dict(arch_args=dict(widths=[10**7, 2*10**7], tail=[1, 1])), dict(arch_args=None), dict(arch='vgg')])
+@pytest.mark.parametrize('wrong', [dict(num_classes=10**12), dict(arch_args=dict(widths=[10**7, 2*10**7], tail=[1, 1])), dict(arch_args=dict(widths=[8, 16], tail=[10**9, 1])), dict(arch_args=None), dict(arch='vgg')])
 def test_weights_that_claim_another_network_take_no_memory_for_it(tmp_path, wrong):
     about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1]), num_classes=2, in_channels=3)
     save_weights(create_model('fishnet73', 2, widths=(8, 16), tail=(1, 1)), tmp_path/'bad.safetensors', about | wrong)

@@ -119,16 +119,16 @@ def test_averaged_weights_are_those_that_are_tested(work, straight, monkeypatch)
 
 def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
     "With batch norm synchronised the curves and the test errors are the same, but for rounding, and each test image is counted once."
-    args = [*TINY, '--trainer.max_epochs=2', '--trainer.limit_train_batches=6', '--trainer.accelerator=cpu', '--model.lr=0.01', '--model.schedule=step']
+    args = [*TINY, '--trainer.max_epochs=2', '--trainer.limit_train_batches=6', '--trainer.accelerator=cpu', '--model.lr=0.01', '--model.schedule=step', '--trainer.precision=64-true']  # in float32 rounding grows from step to step
     ranks = ['--trainer.devices=2', '--trainer.strategy=ddp', '--trainer.sync_batchnorm=true', '--data.batch_size=16']
     finish(Run(work, '--name=whole', *args))
     finish(start(work, '--name=halves', *args, *ranks))
     for whole, halves in zip(*(read_metrics(work/'results'/name/'metrics.csv') for name in ('whole', 'halves')), strict=True):
-        for key in 'train_loss', 'val_loss': assert halves[key] == pytest.approx(whole[key], rel=1e-3), key
+        for key in 'train_loss', 'val_loss': assert halves[key] == pytest.approx(whole[key], rel=1e-5), key
     whole, halves = (read_record(work/'results'/name) for name in ('whole', 'halves'))
     assert halves['device'].startswith('2 × ') and not (work/'results'/'halves-2').exists()
     assert halves['test']['n'] == whole['test']['n'] == whole['data']['n_test'] == 1000
-    assert halves['test']['loss'] == pytest.approx(whole['test']['loss'], rel=1e-3)
+    assert halves['test']['loss'] == pytest.approx(whole['test']['loss'], rel=1e-5)
 
 
 def test_two_ranks_stop_on_sigterm_and_resume(work):
@@ -159,7 +159,7 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
     (['--trainer.max_epoch=3'], 'max_epoch'), (['--model.lr=fast'], 'lr'), (['--model.optimizer=lion'], "allowed are 'adam', 'sgd'"),
     (['--model.arch=fishnet98'], "did you mean 'fishnet99'"), (['--data.val_fraction=0'], 'val_fraction'), (['--trainer.check_val_every_n_epoch=2'], 'check_val_every_n_epoch'),
     (['--model.arch_args.preact=maybe'], 'preact'), (['--model.arch_args.num_classes=5'], 'arch_args has no num_classes'), (['--trainer.max_epochs=-1'], 'max_epochs'),
-    (['--trainer.max_steps=4'], 'max_steps'), (['--trainer.val_check_interval=0.5'], 'val_check_interval'), (['--trainer.val_check_interval=1'], 'val_check_interval'), (['--trainer.max_time=00:00:01:00'], 'max_time'), (['--trainer.barebones=true'], 'barebones'),
+    (['--trainer.max_steps=4'], 'max_steps'), (['--trainer.val_check_interval=0.5'], 'val_check_interval'), (['--trainer.val_check_interval=1'], 'val_check_interval'), (['--trainer.val_check_interval=00:00:10:00'], 'val_check_interval'), (['--trainer.max_time=00:00:01:00'], 'max_time'), (['--trainer.barebones=true'], 'barebones'),
     (['--trainer.limit_test_batches=0'], 'limit_test_batches'), (['--model.in_channels=1'], 'the images have 3 channels'), (['--model.label_smoothing=2'], 'label_smoothing=2'),
     (['--trainer.limit_val_batches=0'], 'limit_val_batches'), (['--trainer.fast_dev_run=true'], 'fast_dev_run'), (['--trainer.max_epochs=0'], 'max_epochs')])
 def test_wrong_argument_is_named(work, monkeypatch, args, message):
@@ -406,19 +406,21 @@ def test_hostile_checkpoints_are_refused_and_execute_nothing(tmp_path, straight)
     good = torch.load(found := straight/'checkpoints'/'best.ckpt', weights_only=True)
     Classifier.load_from_checkpoint(found, map_location='cpu', weights_only=True)  # Lightning's way, without a trainer
     assert '_instantiator' not in good['hyper_parameters']
+    last = next(name for name in reversed(good['state_dict']) if good['state_dict'][name].ndim == 2)  # the linear layer
     def with_data(**more): return {**good, 'datamodule_hyper_parameters': {**good['datamodule_hyper_parameters'], **more}}
     hostile = [{**good, 'state_dict': Runs(trap)}, Runs(trap), {**good, 'hyper_parameters': {**good['hyper_parameters'], '_instantiator': 'os.system'}},
                with_data(_instantiator='os.system'), with_data(data=Runs(trap)), {**good, 'hparams': {'_instantiator': 'os.system'}},
-               {**good, 'state_dict': {1: torch.ones(1)}}, {**good, 'state_dict': {'model': 'weights'}},
+               {**good, 'state_dict': {1: torch.ones(1)}}, {**good, 'state_dict': {'model': 'weights'}}, {**good, 'state_dict': good['state_dict'] | {last: torch.empty_like(good['state_dict'][last], device='meta')}},
+               {**good, 'hyper_parameters': {**good['hyper_parameters'], 'num_classes': 10**9}, 'state_dict': good['state_dict'] | {last: torch.zeros(1).expand(10**9, good['state_dict'][last].shape[1])}},
                {**good, 'hyper_parameters': {**good['hyper_parameters'], 'arch_args': Runs(trap)}}, {**good, 'state_dict': {}}, [], {},
-               *({**good, 'hyper_parameters': {**good['hyper_parameters'], **wrong}} for wrong in (dict(num_classes=-1), dict(num_classes=0), dict(num_classes=10**12), dict(num_classes='ten'), dict(arch_args='ten'), dict(arch_args=dict(widths=[10**7, 2*10**7], tail=[1, 1]))))]
+               *({**good, 'hyper_parameters': {**good['hyper_parameters'], **wrong}} for wrong in (dict(num_classes=-1), dict(num_classes=0), dict(num_classes=10**12), dict(num_classes='ten'), dict(arch_args='ten'), dict(arch_args=dict(widths=[10**7, 2*10**7], tail=[1, 1])), dict(arch_args=dict(widths=[8, 16], tail=[10**9, 1]))))]
     for content in hostile:
         torch.save(content, path)
         with pytest.raises(ValueError, match='bad.ckpt'): load_classifier(path)
     with zipfile.ZipFile(found) as stored, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as packed:
         for name in stored.namelist(): packed.writestr(name, stored.read(name))
     with pytest.raises(ValueError, match='bad.ckpt is refused: it is compressed'): load_classifier(path)
-    for raw in (b'', b'no checkpoint', b'a: 1\n', b'epoch,lr\n', pickle.dumps(Runs(trap)), path.read_bytes()[:100]):
+    for raw in (b'', b'no checkpoint', b'a: 1\n', b'epoch,lr\n', pickle.dumps(Runs(trap)), found.read_bytes()[:1000], found.read_bytes()[-1000:]):
         path.write_bytes(raw)
         with pytest.raises(ValueError, match='bad.ckpt'): load_classifier(path)
     assert not trap.exists()
