@@ -122,6 +122,13 @@ def test_page_of_results_has_the_first_epochs_in_full_width():
         assert f'| {full["epoch"] + 1} | {full["train_loss"]:.2f} | {thin["train_loss"]:.2f} | {full["val_top1_error"]:.1%} | {thin["val_top1_error"]:.1%} |' in text
 
 
+def test_page_of_results_has_the_short_run_of_best():
+    from fishnet_nb.training import read_metrics, read_record
+    text, folder = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8'), ROOT/'results/trials/best-four-epochs'
+    for row in read_metrics(folder/'metrics.csv'): assert f'| {row["epoch"] + 1} | {row["train_loss"]:.2f} | {row["val_top1_error"]:.1%} |' in text
+    assert f'{read_record(folder)["test"]["top1_error"]:.1%} are wrong' in text
+
+
 def test_page_of_results_has_each_short_run():
     "The row of each run beside `all` has the validation error of its record and the difference to that of `all` with its seed, or says why it stopped."
     text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
