@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from itertools import chain, cycle, islice, repeat
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import nn, Tensor
 
 from .data import CIFARDataModule, available_data
 from .models import count_complexity, create_model, stage_table
+from .testing import best_device
 from .training import code_commit, compile_problem, device_name, has_fast_bf16, package_versions
 
 # %% ../nbs/10_speed.ipynb #ee6f21a5
@@ -52,10 +53,10 @@ def _prepare(
     setting: Setting,  # how it is to run
     is_training: bool,  # or else inference
 ) -> tuple[nn.Module, Tensor]:
-    "Model and images, ready to run in that setting; compiling for inference folds constants, batch norms among them, into the convolutions."
+    "Model and images, ready to run in that setting."
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     model, images = model.train(is_training).to(images.device, memory_format=layout), images.to(memory_format=layout)
-    if setting.compiled: model = torch.compile(model, options=None if is_training else {'freezing': True})
+    if setting.compiled: model = torch.compile(model)
     return model, images
 
 @contextmanager
@@ -66,6 +67,12 @@ def _cudnn(enabled: bool) -> Iterator[None]:
     cudnn.enabled = cudnn.benchmark = enabled
     try: yield
     finally: cudnn.enabled, cudnn.benchmark = before
+
+def _frozen(enabled: bool) -> AbstractContextManager:
+    "While a network is compiled: for inference alone, with its weights as constants, by which batch norms are folded into the convolutions. As an option of `torch.compile` this has no effect."
+    if not enabled: return nullcontext()
+    from torch._inductor import config
+    return config.patch(freezing=True)
 
 def make_step(
     model: nn.Module,  # changed in place
@@ -84,7 +91,7 @@ def make_step(
         optimizer.step()
         optimizer.zero_grad()
     def step() -> None:
-        with _cudnn(setting.cudnn), torch.set_grad_enabled(is_training): train() if is_training else forward()
+        with _cudnn(setting.cudnn), _frozen(setting.compiled and not is_training), torch.set_grad_enabled(is_training): train() if is_training else forward()
     return step
 
 # %% ../nbs/10_speed.ipynb #8b392fcc
@@ -164,7 +171,7 @@ def bench(
     keep: Callable[[dict], object] = lambda record: None,  # called with what is known so far, after each model and batch size
 ) -> dict:  # what `bench_report` and `plot_bench` show
     "Images per second in training and inference, against the baseline, and of the input; device, peak, memory, versions. ValueError for widths that don't fit. Takes minutes."
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = best_device()
     dtype = torch.bfloat16 if has_fast_bf16(device.type) else torch.float32
     models = list({tuple(args['widths']): args for args in (_scaled(arch, arch_args or {}, factor) for factor in width_factors)}.values())
     if len({args['widths'][0] for args in models}) < len(models): raise ValueError(f'width_factors={list(width_factors)}: two of them give the stem as many channels, by which the models are told apart')

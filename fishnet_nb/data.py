@@ -62,7 +62,9 @@ class _DType:
 
 def _text(value: str | bytes) -> str:
     "A text that Python 2 wrote as bytes and Python 3 as text. Raises TypeError for anything else."
-    if isinstance(value, bytes): return value.decode('latin-1')
+    if isinstance(value, bytes):
+        try: return value.decode('utf-8')
+        except UnicodeDecodeError: return value.decode('latin-1')
     if isinstance(value, str): return value
     raise TypeError(f'{type(value).__name__} where a text belongs')
 
@@ -311,7 +313,7 @@ def _check_labels(path: Path, labels: object, n: int, n_classes: int) -> np.ndar
     if len(labels) != n: raise _wrong(path, 'labels', f'a list of {len(labels)} labels for {n} images', 'as long as there are images')
     for i, label in enumerate(labels):
         if type(label) is not int: raise _wrong(path, f'label {i}', label, 'an integer')
-        if not 0 <= label < n_classes: raise _wrong(path, f'label {i}', f'{label:.6g}', f'an integer from 0 to {n_classes - 1}')
+        if not 0 <= label < n_classes: raise _wrong(path, f'label {i}', f'{label}' if abs(label) < 10**9 else 'far outside', f'an integer from 0 to {n_classes - 1}')
     return np.array(labels, np.int64)
 
 def _read_batch(path: Path, n_classes: int) -> tuple[np.ndarray, np.ndarray]:  # uint8[n, 3, 32, 32], int64[n]
@@ -477,6 +479,11 @@ def test_transform() -> A.Compose:  # image=uint8[H, W, 3] -> dict(image=float32
     return A.Compose(_to_tensor())
 
 # %% ../nbs/01_data.ipynb #4e444f47
+def _check_pairs(images: np.ndarray, labels: np.ndarray) -> None:
+    "ValueError unless the images are uint8[N, 3, H, W], and there is a label for each."
+    _checked(images)
+    if len(images) != len(labels): raise ValueError(f'{len(images)} images and {len(labels)} labels; each image needs one label')
+
 class CIFARDataset(Dataset):
     "Images and labels as `dict(img=float32[3, H, W], label=int64)`."
     def __init__(
@@ -486,8 +493,7 @@ class CIFARDataset(Dataset):
         transform: A.Compose | None = None,  # None: `test_transform()`
         seed: int | None = None,  # given, an image's draw depends on (seed, epoch, index) alone, with an `EpochSampler` for the epoch; None: PyTorch's generator decides
     ):
-        images = _checked(images)
-        if len(images) != len(labels): raise ValueError(f'{len(images)} images and {len(labels)} labels; each image needs one label')
+        _check_pairs(images, labels)
         self.images, self.labels, self.seed = images, labels, seed
         self.transform = transform or test_transform()
 
@@ -659,7 +665,9 @@ class DeviceDataset(Dataset):
         seed: int = 0,  # an image's draws depend on (seed, epoch, index)
         device: str | torch.device = 'cpu',  # where the images lie
     ):
-        self.images, self.labels = (torch.from_numpy(part).to(device) for part in (images, labels))
+        _check_pairs(images, labels)
+        if images.shape[2] != images.shape[3]: raise ValueError(f'the images are {images.shape[2]}×{images.shape[3]} px, and must be square')
+        self.images, self.labels = (torch.from_numpy(np.asarray(part)).to(device) for part in (images, labels))
         self.augment, self.cutout_px, self.seed, self.drawn = augment, cutout_px, seed, {}
 
     def __len__(self) -> int: return len(self.labels)

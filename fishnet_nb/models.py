@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -52,7 +53,7 @@ class FishNet(nn.Module):
         plan, n = plan_channels(widths, k), len(widths)
         body = check_depths((1,)*(n-1) if body is None else body, n-1, 'body')
         head = check_depths((1,)*n if head is None else head, n, 'head')
-        check_switches(transfer_shortcut=transfer_shortcut, repeat_shortcut=repeat_shortcut, features_only=features_only)
+        check_switches(final_norm=final_norm, transfer_shortcut=transfer_shortcut, repeat_shortcut=repeat_shortcut, features_only=features_only)
         self.tail = Tail(widths, tail, in_channels, preact, bridge, stem_stride, repeat_shortcut)
         self.body = Body(plan.carried[:n-1], plan.transferred[:n-1], body, k, preact, transfer_shortcut)
         self.head = Head(plan.carried[n-1:-1], plan.transferred[n-1:], head, preact, transfer_shortcut)
@@ -213,13 +214,19 @@ def save_weights(
     about: dict,  # arch, arch_args, num_classes, in_channels, classes, and what else is known of them; plain values
 ) -> Path:
     """Write a model's weights and what they belong to, also of a model wrapped by torch.compile or DistributedDataParallel; until all is written, an
-    earlier file stays. FileNotFoundError if there is no such folder, ValueError if `about` doesn't say what a reader needs."""
+    earlier file stays. FileNotFoundError if there is no such folder, ValueError if the weights are not those of the model that `about` describes."""
     from safetensors.torch import save_file
-    if missing := [key for key in ('arch', 'arch_args', 'in_channels') if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
+    if missing := [key for key in ('arch', 'arch_args', 'num_classes', 'in_channels') if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
     while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner  # wrapped by torch.compile, or by DistributedDataParallel
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
+    weights = model.state_dict()
+    try: planned = _planned(about, weights)
+    except _NO_NETWORK as error: raise ValueError(f'{path} is not written: about does not say which model its weights belong to ({error})') from None
+    if wrong := unlike(weights, planned.state_dict()):
+        raise ValueError(f'{path} is not written: this {type(model).__name__} is no {about["arch"]} with {about["arch_args"]}, {about["num_classes"]} classes and {about["in_channels"]} channels: '
+                         f'{wrong}; give the network itself, and the arguments that it was made with')
     with replacing(path) as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
     return Path(path)
 
 def read_weights(
@@ -232,15 +239,17 @@ def read_about(
     path: str | Path,  # a .safetensors file written by `save_weights`
 ) -> dict:
     "What the weights in a file belong to, without reading them. FileNotFoundError, or ValueError for a file that is damaged or of another origin."
-    return _read(path, lambda file: dict(json.loads(file.metadata()['about'])))
+    return _read(path, lambda file: dict(json.loads((file.metadata() or {})['about'])))
 
 def _read(path: str | Path, what: Callable[['safetensors.safe_open'], dict]) -> dict:
     "What is wanted of an open file of weights."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not there: give a .safetensors file, such as `fishnet-nb export` writes')
+    if zipfile.is_zipfile(path): raise ValueError(f'{path} is no .safetensors file, but one of PyTorch: `load_classifier` reads the checkpoint of a run, and `fishnet-nb export` writes the weights in it')
     try:
         with safe_open(path, 'pt') as file: return what(file)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error: raise ValueError(f'{path} holds no weights of this library ({error})') from None
+    except KeyError as error: raise ValueError(f'{path} holds no weights of this library: it lacks {error}, what they belong to') from None
+    except (SafetensorError, TypeError, ValueError, RecursionError) as error: raise ValueError(f'{path} holds no weights of this library ({error})') from None
 
 def check_blocks(
     arch_args: dict | None,  # what a file claims of its model
@@ -253,10 +262,24 @@ def check_blocks(
 def unlike(
     one: dict[str, Tensor],  # a state_dict
     other: dict[str, Tensor],  # a state_dict
-) -> list[str]:
-    "The names of tensors that only one of them has, or that differ in shape."
+) -> str:
+    "How many tensors only one of them has, or differ in shape, and which for one; nothing if there are none."
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (one, other)]
-    return sorted(name for name in {*one, *other} if shapes[0].get(name) != shapes[1].get(name))
+    wrong = sorted(name for name in {*one, *other} if shapes[0].get(name) != shapes[1].get(name))
+    return f'{len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them' if wrong else ''
+
+_NO_NETWORK = KeyError, TypeError, ValueError, AttributeError, RuntimeError  # what comes of a description that makes none
+
+def _described(about: dict, num_classes: int | None = None, features_only: bool = False) -> nn.Module:
+    "The model that weights belong to, with as many classes as they have or as are wanted."
+    arch_args = dict(about['arch_args'] or {})
+    arch_args['features_only'] = features_only or arch_args.get('features_only', False)
+    return create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **arch_args)
+
+def _planned(about: dict, weights: dict[str, Tensor], *args: object) -> nn.Module:
+    "The same, but without memory for the weights. Raises one of _NO_NETWORK."
+    check_blocks(about['arch_args'], weights)
+    with torch.device('meta'): return _described(about, *args)
 
 def load_weights(
     path: str | Path,  # a .safetensors file written by `save_weights`
@@ -267,25 +290,19 @@ def load_weights(
     weights, about = read_weights(path)
     check_switches(features_only=features_only)
     if num_classes is not None and not is_whole(num_classes, 0): raise ValueError(f'num_classes={num_classes!r}: a whole number is expected, 0 for none')
-    def make() -> nn.Module:
-        arch_args, scores = dict(about['arch_args'] or {}), num_classes
-        arch_args['features_only'] = features_only or arch_args.get('features_only', False)
-        if scores is None: scores = 0 if arch_args['features_only'] else about['num_classes']
-        return create_model(about['arch'], scores, about['in_channels'], **arch_args)
     try:
-        check_blocks(about['arch_args'], weights)
-        with torch.device('meta'): model = make()  # takes no memory for its weights
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
+        model = _planned(about, weights, num_classes, features_only)
+        stated = about['num_classes']
+    except _NO_NETWORK as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     left_out = ()  # what the names begin with
     if model.classifier is None:
         if num_classes is not None: raise ValueError(f'num_classes={num_classes}: there are features only; add a layer of your own')
         left_out = 'classifier.'
-    elif num_classes not in (None, about.get('num_classes')): left_out = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
+    elif num_classes not in (None, stated): left_out = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
     kept, expected = ({name: tensor for name, tensor in state.items() if not name.startswith(left_out)} for state in (weights, model.state_dict()))
     if wrong := unlike(kept, expected):
-        raise ValueError(f'{path} does not fit a {about["arch"]} with {about["arch_args"]}: {len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them; '
-                         'save the weights with the arguments that their model was made with')
-    model = make()
+        raise ValueError(f'{path} does not fit a {about["arch"]} with {about["arch_args"]}: {wrong}')
+    model = _described(about, num_classes, features_only)
     model.load_state_dict(kept, strict=False)
     return model
 
@@ -313,6 +330,9 @@ def _create_pretrained(name: str, num_classes: int, in_channels: int, features_o
     about = read_about(path)
     defaults = {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
     expected = {**defaults, **depths, **about['arch_args'], 'in_channels': about['in_channels']}
+    n = len(expected['widths'])
+    for part, stages in ('body', n-1), ('head', n):
+        if expected.get(part, ()) is None: expected[part] = (1,)*stages
     plain = lambda value: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
     for key, value in {**kwargs, 'in_channels': in_channels}.items():
         if value is not None and plain(value) != plain(expected.get(key)):

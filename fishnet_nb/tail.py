@@ -133,7 +133,7 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         widths = check_widths(widths)
-        check_switches(features_only=features_only)
+        check_switches(final_norm=final_norm, features_only=features_only)
         self.tail = Tail(widths, tail, in_channels, preact, bridge=False, stem_stride=stem_stride)
         self.classifier = None if features_only else make_classifier(widths[-1], num_classes, final_norm=final_norm)
         self.feature_channels = widths

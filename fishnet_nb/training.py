@@ -24,10 +24,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from difflib import get_close_matches
@@ -42,12 +43,15 @@ except ImportError: fcntl = None  # Windows has no such locks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import yaml
 from jsonargparse import Namespace
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
 from pytorch_lightning.plugins import LayerSync
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from pytorch_lightning.trainer.connectors.signal_connector import _get_sigkill_signal
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn, Tensor
@@ -136,7 +140,7 @@ class Classifier(LightningModule):
         self.model.compile()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        scores, labels = self(batch['img']).float(), batch['label']
+        scores, labels = self._answer(batch)
         loss = F.cross_entropy(scores, labels, label_smoothing=self.hparams.label_smoothing)
         self._update('train', scores, labels, loss)
         return loss*self._weight(len(labels), batch_idx)
@@ -155,20 +159,28 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: dict, batch_idx: int) -> None: self._evaluate('test', batch)
 
+    def predict_step(self, batch: dict, batch_idx: int) -> Tensor: return self(batch['img'])
+
     def on_train_epoch_end(self) -> None: self._log('train')
 
     def on_validation_epoch_end(self) -> None: self._log('val')
 
     def on_test_epoch_end(self) -> None: self._log('test')
 
+    def _answer(self, batch: dict) -> tuple[Tensor, Tensor]:
+        "Class scores of a batch, and its labels. TypeError for a batch of another form."
+        if not isinstance(batch, dict) or not {'img', 'label'} <= set(batch):
+            raise TypeError(f'a batch is a {type(batch).__name__}{" of " + ", ".join(map(str, batch)) if isinstance(batch, dict) else ""}, and must be a dict(img=[N, C, H, W], label=[N])')
+        return self(batch['img']).float(), batch['label']
+
     def _evaluate(self, stage: str, batch: dict) -> None:
-        scores, labels = self(batch['img']).float(), batch['label']
+        scores, labels = self._answer(batch)
         self._update(stage, scores, labels, F.cross_entropy(scores, labels))
 
     def _update(self, stage: str, scores: Tensor, labels: Tensor, loss: Tensor) -> None:
         metrics = self.metrics[f'{stage}_metrics']
         metrics['loss'].update(loss.detach()*len(labels))
-        metrics['n'].update(len(labels))
+        metrics['n'].update(loss.new_full((), len(labels), dtype=torch.float32))  # made on the device, or a GPU would wait for it
         metrics['right'].update(scores.detach(), labels)
 
     def _log(self, stage: str) -> None:
@@ -182,7 +194,7 @@ class Classifier(LightningModule):
         if self._trainer and self.strict_loading:
             if wrong := unlike(checkpoint['state_dict'], self.state_dict()):
                 raise ValueError(f'the checkpoint is of a {_described(checkpoint.get("hyper_parameters", {}))}, and this network is a {_described(self.hparams)}: '
-                                 f'{len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them; go on with the same network, or start a new run')
+                                 f'{wrong}; go on with the same network, or start a new run')
         self.planned_steps = next((state['total_steps'] for state in checkpoint.get('lr_schedulers', []) if 'total_steps' in state), math.inf)
 
     def configure_optimizers(self) -> dict:
@@ -419,7 +431,7 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.rows = [row for row in self.rows if row['epoch'] < trainer.current_epoch]
         self.begin(trainer)
-        if trainer.world_size > 1:  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
             signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else signal.SIG_IGN)  # the first rank ends the others
         stopping = trainer.early_stopping_callback
         if stopping and stopping.wait_count >= stopping.patience: trainer.should_stop = True  # it was killed when it had no more epochs to go
@@ -503,13 +515,12 @@ def results_table(
 # %% ../nbs/07_training.ipynb #ce395e34
 def _check_hparams(
     hparams: object,  # what the checkpoint says of them
-    owner: type,  # `Classifier` or `CIFARDataModule`
+    may_have: Callable[[str], bool],  # the name of one?
     path: Path,  # for the message
 ) -> None:
-    "ValueError unless these are arguments of that class with plain values."
+    "ValueError unless they are plain values, under such names."
     if not isinstance(hparams, dict): raise ValueError(f'{path} holds no hyperparameters: it is not a checkpoint of this library')
-    known = inspect.signature(owner).parameters
-    foreign = [str(key) for key, value in hparams.items() if key not in known or not _is_plain(value)]
+    foreign = [str(key) for key, value in hparams.items() if not isinstance(key, str) or not may_have(key) or not _is_plain(value)]
     if foreign: raise ValueError(f'{path} is refused: its hyperparameters hold {", ".join(foreign)}, which no run of this library writes')
 
 def read_checkpoint(
@@ -529,8 +540,8 @@ def read_checkpoint(
         raise ValueError(f'{path} holds no weights: it is not a checkpoint of this library')
     if not all(value.device.type == 'cpu' and value.layout == torch.strided and not value.is_quantized for value in weights.values()) or sum(value.nbytes for value in weights.values()) > path.stat().st_size:
         raise ValueError(f'{path} is refused: its weights are not all in it')
-    _check_hparams(content.get('hyper_parameters'), Classifier, path)
-    if 'datamodule_hyper_parameters' in content: _check_hparams(content['datamodule_hyper_parameters'], CIFARDataModule, path)
+    _check_hparams(content.get('hyper_parameters'), inspect.signature(Classifier).parameters.__contains__, path)
+    _check_hparams(content.get('datamodule_hyper_parameters', {}), lambda name: not name.startswith('_'), path)  # of a data module of one's own, too
     if 'hparams' in content or 'module_arguments' in content: raise ValueError(f'{path} is refused: it holds hyperparameters as only old versions of Lightning wrote them')
     return content
 
@@ -552,8 +563,7 @@ def load_classifier(
         with torch.device('meta'): planned = make()  # takes no memory for its weights
     except (TypeError, ValueError, AttributeError, RuntimeError) as error: raise ValueError(f'{path} is refused: its hyperparameters make no network ({error})') from None
     if wrong := unlike(content['state_dict'], planned.state_dict()):
-        raise ValueError(f'{path}: the weights are not those of a {planned.hparams.arch} with the arguments that the checkpoint names: '
-                         f'{len(wrong)} tensors are missing, foreign or of another shape, {wrong[0]} among them')
+        raise ValueError(f'{path}: the weights are not those of a {planned.hparams.arch} with the arguments that the checkpoint names: {wrong}')
     classifier = make()
     classifier.load_state_dict(content['state_dict'])
     return classifier.eval()
@@ -609,8 +619,12 @@ def _parse(
     config: Path,  # a recipe, or the config.yaml of a run
     args: ArgsType,  # what is changed in it
 ) -> RecipeCLI:
-    "The classifier, data module and trainer of a recipe. ValueError for an argument that doesn't exist or fit."
+    "The classifier, data module and trainer of a recipe. ValueError for an argument that doesn't exist or fit, or a file that is no recipe."
     from jsonargparse import ArgumentError
+    try: is_recipe = isinstance(yaml.safe_load(config.read_text(encoding='utf-8')), dict)
+    except UnicodeDecodeError: is_recipe = False
+    except yaml.YAMLError: is_recipe = True  # the parser says where it breaks off
+    if not is_recipe: raise ValueError(f'{config} is no recipe: a text in YAML is expected, with entries such as model, data and trainer; {recipe_path("quick")} is one to begin with')
     defaults = dict(logger=False, use_distributed_sampler=False, enable_progress_bar=_has_bar(), enable_model_summary=False, enable_checkpointing=False,
                     num_sanity_val_steps=0)
     try: return RecipeCLI(Classifier, CIFARDataModule, args=['--config', str(config), *args], run=False, save_config_callback=None,
@@ -647,7 +661,7 @@ def fit(
     recipe = os.fspath(recipe)
     name = recipe_name(recipe) if name is None else name
     if Path(name).parent == Path(root): name = Path(name).name  # given as it is printed
-    if Path(name).name in ('', '..'): raise ValueError(f'{name!r} is not a name for a run: give one of letters and numbers')
+    if Path(name).name != name or name in ('', '..'): raise ValueError(f'{name!r} is not a name for a run, which is that of a folder in {root}: give one of letters and numbers')
     with quiet_lightning():
         folder = _resumable_folder(root, name, recipe) if resume else None
         before = _parse(folder/'config.yaml', ()) if resume and args and (folder/'checkpoints'/'last.ckpt').is_file() else None
@@ -769,11 +783,16 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     except BaseException as error:
         with suppress(OSError):  # on a full disk, what filled it is the error
             if recorder.has_started: recorder.write(trainer, status='interrupted')
-        if isinstance(error, (KeyboardInterrupt, SystemExit, BrokenPipeError)) and recorder.has_started: raise RunInterrupted(folder, len(recorder.rows)) from error
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher): trainer.strategy.launcher.kill(_get_sigkill_signal())  # or the other ranks may wait for this one for ever
+        if _is_stop(trainer, error) and recorder.has_started: raise RunInterrupted(folder, len(recorder.rows)) from error
         if isinstance(error, SystemExit): raise KeyboardInterrupt from None  # Lightning makes the one of the other
         raise
     recorder.write(trainer, status='finished', **found)
     return folder
+
+def _is_stop(trainer: Trainer, error: BaseException) -> bool:
+    "Whether a run ended because it was told to; where loader processes were told so, too, their end is reported as an error, and may come in between."
+    return isinstance(error, (KeyboardInterrupt, SystemExit, BrokenPipeError)) or trainer.received_sigterm or isinstance(error.__context__, KeyboardInterrupt)
 
 def _size(model: Classifier) -> dict:
     "Parameters, and FLOPs for one image."

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,4 +71,12 @@ def figures(folder: Path) -> list[tuple]: return [tuple(row[key] for key in FIGU
 
 def wait_for_epochs(process: Run | subprocess.Popen, folder: Path, n: int) -> None:
     "Until `n` epochs are written, or the process has ended."
-    while process.poll() is None and len(read_metrics(folder/'metrics.csv')) < n: time.sleep(.05)
+    wait_until(lambda: process.poll() is not None or len(read_metrics(folder/'metrics.csv')) >= n, .05)
+
+
+def wait_until(happens: Callable[[], bool], interval_s: float = .0005, timeout_s: float = 240) -> None:
+    "Fails if it takes too long."
+    start = time.monotonic()
+    while not happens():
+        assert time.monotonic() - start < timeout_s, f'nothing in {timeout_s} s'
+        time.sleep(interval_s)

@@ -91,7 +91,7 @@ def test_wrongly_typed(args, message): refused(message, *args)
     (['fit', 'quik'], 'did you mean'), (['fit', 'none.yaml'], 'none.yaml is missing'), (['fit', 'quick', '--trainer.max_epoch=3'], 'did you mean --trainer.max_epochs?'),
     (['fit', 'quick', '--nmae', 'x'], 'did you mean --name?'), (['fit', 'quick', '--modle.lr=1'], 'did you mean --model.lr?'), (['test', 'begun'], 'go on by `fishnet-nb fit quick --name begun --resume`'), (['test', ''], 'neither'), (['fit', 'quick', '--model.lr=fast'], 'lr'), (['fit', 'quick', '--trainer.accelerator=gpus'], 'gpus'),
     (['fit', 'quick', '--data.augment=foo'], "'student', 'standard'"), (['fit', 'quick', '--model.arch=fishnet98'], 'did you mean'), (['fit', 'quick', '--name', 'never', '--resume'], 'no run to resume'),
-    (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), (['summary', 'fishnet98'], 'fishnet99'), (['summary', 'resnet50', '--k', '2'], 'no argument k'),
+    (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), *((['fit', f'{name}.yaml'], f'{name}.yaml is no recipe') for name in ('empty', 'items', 'binary')), (['summary', 'fishnet98'], 'fishnet99'), (['summary', 'resnet50', '--k', '2'], 'no argument k'),
     (['summary', 'fishnet99', '--widths', '64', '128', '256', '511'], 'b3'), (['summary', 'fishnet99', '--input-size', '20'], '20'), (['data'], '--download'),
     (['test', 'no-such-run'], 'there are tiny'), (['test', 'kept'], 'without checkpoints'), (['test', 'garbage.ckpt'], 'garbage.ckpt'), (['test', 'results'], 'neither'),
     (['test', 'tiny', '--data', 'nowhere'], 'nowhere'), (['predict', 'x.png', '--checkpoint', 'none.ckpt'], 'none.ckpt'), (['predict', 'x.png', '--checkpoint', 'garbage.safetensors'], 'holds no weights'),
@@ -109,6 +109,7 @@ def make_broken_files(folder: Path) -> None:
     "Checkpoints, recipes and records that can't be used."
     for name in 'garbage.ckpt', 'garbage.safetensors': Path(name).write_bytes(b'garbage')
     Path('broken.yaml').write_text('model: {arch: [')
+    for name, content in dict(empty=b'', items=b'- 1\n- 2\n', binary=b'\x80\x02\xff\x00').items(): Path(f'{name}.yaml').write_bytes(content)
     record = json.loads((folder/'results'/'tiny'/'record.json').read_text())
     broken = dict(kept=record, half={'status': 'finished'}, list=[], stopped={**record, 'status': 'interrupted'}, begun={**record, 'name': 'begun', 'status': 'running'},
                   otherdata={**record, 'data': {**record['data'], 'sha256': '0'*64}})
@@ -350,7 +351,7 @@ def test_bench_writes_its_record_and_its_plot(inside, capsys, monkeypatch):
 def test_ctrl_c_leaves_a_run_that_the_printed_command_resumes(work):
     args = ['fit', 'quick', '--name', 'tiny', '--trainer.max_epochs=500', '--model.schedule=step', '--model.lr=0.001', *TINY]  # the name is taken: this run is tiny-2
     process = start(*args, cwd=work)
-    while process.poll() is None and not (work/'results'/'tiny-2'/'checkpoints'/'last.ckpt').exists(): time.sleep(.05)
+    runs.wait_until(lambda: process.poll() is not None or (work/'results'/'tiny-2'/'checkpoints'/'last.ckpt').exists(), .05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in err, err

@@ -27,7 +27,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 import fishnet_nb.data as data
 import albumentations as A  # after fishnet_nb.data, which keeps it offline
-from fishnet_nb.data import CIFAR_FOLDER, CIFARDataModule, CIFARDataset, EpochSampler, find_data, load_cifar, load_data, train_transform, unpickle
+from fishnet_nb.data import CIFAR_FOLDER, CIFARDataModule, CIFARDataset, EpochSampler, find_data, load_cifar, load_data, read_classes, train_transform, unpickle
 from fishnet_nb.shapes import SHAPE_CLASSES, make_shapes, write_shapes
 
 BATCHES = [*data.TRAIN_BATCHES, data.TEST_BATCH]
@@ -226,7 +226,7 @@ def breaks(error, match):
     (dict(data=np.zeros((3, 3071), np.uint8)), r'3, 3071'), (dict(data=np.zeros((3, 3, 32, 32), np.uint8)), r'3, 3, 32, 32'), (dict(data=np.zeros(3*3072, np.uint8)), r'9216'),
     (dict(labels=None), 'labels'), (dict(labels=[0, 1]), '2 labels for 3 images'), (dict(labels=[0, 1, 2, 3]), '4 labels for 3'), (dict(labels=[0, 1, 10]), 'label 2 is 10.*0 to 9'),
     (dict(labels=[-1, 1, 2]), 'label 0 is -1'), (dict(labels=[0, 1.0, 2]), 'label 1'), (dict(labels=[0, '1', 2]), 'label 1'), (dict(labels=[0, True, 2]), 'label 1'),
-    (dict(labels=(0, 1, 2)), 'labels'), (dict(labels=np.array([0, 1, 11])), 'label 2 is 11'), (dict(labels=np.array([0., 1, 2])), 'label 0'), (dict(labels=[0, 1, 10**18]), 'label 2'),
+    (dict(labels=(0, 1, 2)), 'labels'), (dict(labels=np.array([0, 1, 11])), 'label 2 is 11'), (dict(labels=np.array([0., 1, 2])), 'label 0'), (dict(labels=[0, 1, 10**18]), 'label 2'), (dict(labels=[0, 1, -10**600]), 'label 2'),
 ])
 def test_wrong_content(folder, changes, match):
     put(folder/'data_batch_3', batch(**changes))
@@ -247,6 +247,13 @@ def test_missing_entries(folder):
 def test_wrong_class_names(folder, names):
     put(folder/'batches.meta', pickle.dumps({b'label_names': names}, 4))
     with breaks(ValueError, 'batches.meta.*label_names'): load_cifar(folder)
+
+
+def test_class_names_in_other_scripts(folder):
+    "As UTF-8 or as a text; what is neither ASCII nor UTF-8 is read as Python 2's Latin-1."
+    for names, read in ([name.encode() for name in ('é', '고양이')], ('é', '고양이')), (['é', '고양이'], ('é', '고양이')), ([b'\xe9', b'x'], ('é', 'x')):
+        put(folder/'batches.meta', pickle.dumps({b'label_names': names}, 4))
+        assert read_classes(folder/'batches.meta') == read
 
 
 def test_text_keys_are_as_good_as_bytes(folder):
@@ -459,6 +466,13 @@ def test_an_image_on_the_device_depends_on_seed_epoch_and_index_alone():
     for i in reversed(range(12)): assert torch.allclose(two.__getitems__([(2, i)])['img'][0], one[i], atol=1e-6)
     for other in (make(2), 2), (make(1), 3): assert not torch.equal(other[0].__getitems__([(other[1], i) for i in range(12)])['img'], one)
     assert torch.equal(two.images, torch.from_numpy(shapes.images))
+
+
+def test_images_that_a_device_can_not_augment_are_refused():
+    images, labels = np.zeros((4, 3, 32, 32), np.uint8), np.arange(4)
+    for wrong, message in ((images/255, labels), 'float64 array'), ((images[:, :1], labels), r'shape \(4, 1'), ((images, labels[:2]), '4 images and 2 labels'), ((images[:, :, :16], labels), '16×32 px'):
+        with breaks(ValueError, message): data.DeviceDataset(*wrong)
+    assert data.DeviceDataset(images, labels.tolist()).labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize('ranks', (1, 2, 3, 7))

@@ -3,14 +3,13 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fishnet_nb.training import fit, read_checkpoint, read_metrics, read_record
 
-from runs import TINY, figures, finish, Run, wait_for_epochs
+from runs import TINY, figures, finish, Run, wait_for_epochs, wait_until
 
 
 def test_run_killed_twenty_times_equals_one_that_was_not(tmp_path):
@@ -62,10 +61,6 @@ def test_run_that_was_stopped_early_trains_no_more_when_resumed(tmp_path):
     (folder/'record.json').write_text(json.dumps({key: value for key, value in record.items() if key not in ('test', 'val', 'best_epoch')} | dict(status='running')))
     finish(Run(tmp_path, '--name=early', '--resume'))
     assert figures(folder) == before and read_record(folder)['test'] == test
-
-
-def wait_until(happens: Callable[[], bool]) -> None:
-    while not happens(): time.sleep(.0005)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 "What the pages can't show of the models: a compiler, another runtime, several processes."
+import json
 import os
 import socket
 
@@ -6,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from fishnet_nb.bench import Setting, make_step
 from fishnet_nb.data import find_data
 from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights, save_weights, stage_table
 from fishnet_nb.testing import load_trained, test_run as run_test
-from fishnet_nb.training import compile_problem
+from fishnet_nb.training import Classifier, compile_problem
 
 
 def thin(**kwargs) -> nn.Module:
@@ -44,6 +47,19 @@ def test_compiled_model_trains_alike(features_only):
     for out in found: sum(part.square().mean() for part in out).backward()
     torch.testing.assert_close(*found, atol=1e-8, rtol=1e-8)
     for a, b in zip(eager.parameters(), compiled.parameters(), strict=True): torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-6)
+
+
+def test_inference_that_is_compiled_for_the_benchmark_has_its_batch_norms_folded():
+    "Its weights are constants of the program, and no variance is left to take a root of."
+    if problem := compile_problem(torch.device('cpu')): pytest.skip(problem)
+    from torch._inductor.utils import run_and_get_code
+    setting = Setting('compiled', channels_last=True, compiled=True)
+    for is_training in (False, True):
+        torch.compiler.reset()
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        _, programs = run_and_get_code(make_step(model, torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), setting, is_training))
+        found = ''.join(programs)
+        assert ('_frozen_param' in found, 'sqrt' in found) == (not is_training, is_training)
 
 
 def _train_step(rank: int, port: int, folder: str) -> None:
@@ -88,15 +104,12 @@ def test_features_can_be_taken_out_by_torchvision():
 
 
 def test_weights_that_name_no_classes_rightly_are_refused(tmp_path):
-    "Names go to the terminal; a file without the number of classes still gives a backbone."
+    "Names go to the terminal."
     about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1]), num_classes=2, in_channels=3)
     model = create_model('fishnet73', 2, widths=(8, 16), tail=(1, 1))
     for classes in (['cat', '\x1b]0;title\x07'], 5, 'ab', [1, 2]):
         save_weights(model, tmp_path/'bad.safetensors', about | dict(classes=classes))
         with pytest.raises(ValueError, match='bad.safetensors is refused: what it names as classes'): load_trained(tmp_path/'bad.safetensors')
-    save_weights(model, tmp_path/'bare.safetensors', {key: value for key, value in about.items() if key != 'num_classes'})
-    assert load_weights(tmp_path/'bare.safetensors', 7)(torch.randn(1, 3, 8, 8)).shape == (1, 7)
-    assert len(load_weights(tmp_path/'bare.safetensors', features_only=True)(torch.randn(1, 3, 8, 8))) == 2
     save_weights(model, tmp_path/'told.safetensors', about | dict(arch_args=about['arch_args'] | dict(features_only=False)))
     assert len(load_weights(tmp_path/'told.safetensors', features_only=True)(torch.randn(1, 3, 8, 8))) == 2
     backbone = create_model('fishnet73', features_only=True, widths=(8, 16), tail=(1, 1))
@@ -107,8 +120,29 @@ def test_weights_that_name_no_classes_rightly_are_refused(tmp_path):
 @pytest.mark.parametrize('wrong', [dict(num_classes=10**12), dict(arch_args=dict(widths=[10**7, 2*10**7], tail=[1, 1])), dict(arch_args=dict(widths=[8, 16], tail=[10**9, 1])), dict(arch_args=None), dict(arch='vgg')])
 def test_weights_that_claim_another_network_take_no_memory_for_it(tmp_path, wrong):
     about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1]), num_classes=2, in_channels=3)
-    save_weights(create_model('fishnet73', 2, widths=(8, 16), tail=(1, 1)), tmp_path/'bad.safetensors', about | wrong)
-    with pytest.raises(ValueError, match='bad.safetensors does not'): load_weights(tmp_path/'bad.safetensors')
+    model, path = create_model('fishnet73', 2, widths=(8, 16), tail=(1, 1)), tmp_path/'bad.safetensors'
+    with pytest.raises(ValueError, match='bad.safetensors is not written'): save_weights(model, path, about | wrong)
+    save_file(model.state_dict(), path, {'about': json.dumps(about | wrong)})
+    with pytest.raises(ValueError, match='bad.safetensors does not'): load_weights(path)
+
+
+def test_weights_are_saved_with_what_they_belong_to_or_not_at_all(tmp_path):
+    "A mistake is told while the network is still there; what others have written is told apart."
+    about, path = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1]), num_classes=2, in_channels=3), tmp_path/'fish.safetensors'
+    classifier = Classifier('fishnet73', about['arch_args'], num_classes=2)
+    weights = {name: tensor.contiguous() for name, tensor in classifier.model.state_dict().items()}
+    with pytest.raises(ValueError, match='this Classifier is no fishnet73.*give the network itself'): save_weights(classifier, path, about)
+    with pytest.raises(ValueError, match='this FishNet is no fishnet73.*7 classes'): save_weights(classifier.model, path, about | dict(num_classes=7))
+    stated = {key: value for key, value in about.items() if key != 'num_classes'}
+    with pytest.raises(ValueError, match='about lacks num_classes'): save_weights(classifier.model, path, stated)
+    assert not list(tmp_path.iterdir())
+    save_file(weights, path, {'about': json.dumps(stated)})
+    for num_classes in (None, 2, 7):
+        with pytest.raises(ValueError, match="does not say which model its weights belong to.*num_classes"): load_weights(path, num_classes)
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="lacks 'about'"): load_weights(path)
+    torch.save(classifier.state_dict(), tmp_path/'fish.ckpt')
+    with pytest.raises(ValueError, match='fish.ckpt is no .safetensors file.*load_classifier'): load_weights(tmp_path/'fish.ckpt')
 
 
 def test_weights_in_the_package_want_their_own_network():

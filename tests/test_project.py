@@ -30,7 +30,10 @@ def test_notebooks_are_clean(copy):
 
 @pytest.mark.parametrize('path', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda path: path.name)
 def test_notebook_is_fit_to_be_read(path):
-    cells = [cell for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] if cell['cell_type'] == 'code']
+    first, *others = json.loads(path.read_text(encoding='utf-8'))['cells']
+    alone = [''.join(cell['source']) for cell in others if cell['cell_type'] == 'markdown']
+    assert not [text for text in alone if text.startswith('#') and '\n' in text], 'a heading has a cell of its own'
+    cells = [cell for cell in [first, *others] if cell['cell_type'] == 'code']
     outputs = [output for cell in cells for output in cell['outputs']]
     assert path.stat().st_size < 1_000_000
     assert outputs, 'a notebook is committed with its outputs'

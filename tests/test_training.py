@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from fishnet_nb import training
 from fishnet_nb.data import CIFAR_CLASSES, CIFARDataModule
@@ -56,6 +56,17 @@ def test_killed_and_resumed_run_equals_one_that_was_not(work, straight):
         finish(Run(work, f'--name={name}', '--resume'))
         assert figures(work/'results'/name) == figures(straight)
         assert read_record(work/'results'/name)['test'] == read_record(straight)['test']
+
+
+def test_loader_processes_may_be_stopped_with_the_run(work):
+    "SIGTERM to all, as from a job scheduler: the end of the others is no error of the run."
+    args = [*TINY, '--data.num_workers=2', '--trainer.max_epochs=500', '--trainer.limit_train_batches=6', '--model.schedule=step', '--model.lr=0.001']
+    process = start(work, '--name=loaders', *args, process_group=0)
+    wait_for_epochs(process, work/'results'/'loaders', 1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'go on by: fishnet-nb fit quick --name loaders --resume' in err and 'Traceback' not in err, err
+    assert read_record(work/'results'/'loaders')['status'] == 'interrupted'
 
 
 def test_run_killed_in_its_test_is_tested_when_resumed(work, straight):
@@ -110,6 +121,7 @@ def test_record_of_a_resumed_run_says_where_its_epochs_came_from(work):
 def test_averaged_weights_are_those_that_are_tested(work, straight, monkeypatch):
     "The test at the end of a run with averaged weights has them, as its best checkpoint has."
     monkeypatch.chdir(work)
+    monkeypatch.setattr('fishnet_nb.testing.best_device', lambda: torch.device('cpu'))  # where the run was tested
     stated, found = read_record(straight), run_test('straight')[0]
     assert (found.top1_error, found.top5_error) == pytest.approx((stated['test']['top1_error'], stated['test']['top5_error']))
     content = read_checkpoint(straight/'checkpoints'/'best.ckpt')
@@ -134,7 +146,7 @@ def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
 def test_two_ranks_stop_on_sigterm_and_resume(work):
     "Both get the signal, as from a job scheduler, and most likely in the midst of a step, since these are long."
     args = [*TINY, '--data.batch_size=400', '--trainer.max_epochs=1000', '--trainer.limit_train_batches=6', '--trainer.limit_test_batches=2', '--model.schedule=step']
-    process = start(work, '--name=ranks', *args, '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp', process_group=0)
+    process = start(work, '--name=ranks', *args, '--data.num_workers=1', '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp', process_group=0)
     wait_for_epochs(process, work/'results'/'ranks', 1)
     time.sleep(.7)
     os.killpg(process.pid, signal.SIGTERM)
@@ -168,7 +180,7 @@ def test_wrong_argument_is_named(work, monkeypatch, args, message):
     assert not (work/'results'/'wrong').exists()
 
 
-@pytest.mark.parametrize('name', ['', '.', '..', 'x/..'])
+@pytest.mark.parametrize('name', ['', '.', '..', 'x/..', '../x', 'x/y', '/x'])
 def test_a_run_has_a_name(work, monkeypatch, name):
     monkeypatch.chdir(work)
     with pytest.raises(ValueError, match='not a name for a run'): fit('quick', TINY, name=name)
@@ -325,6 +337,31 @@ def test_names_are_those_of_the_images_that_a_run_saw(work, tmp_path, monkeypatc
         with pytest.raises(ValueError, match='wrong.ckpt is refused: what it names as classes is not a list of 10 names'): load_trained(tmp_path/'wrong.ckpt')
     torch.save(content | {'CIFARDataModule': 5}, tmp_path/'nameless.ckpt')
     assert load_trained(tmp_path/'nameless.ckpt')[1] == CIFAR_CLASSES and len(run_test(tmp_path/'nameless.ckpt')[0].labels) == 40  # guessed, so not held against the data
+
+
+class OwnImages(LightningDataModule):
+    "Somebody else's, with hyperparameters of its own."
+    def __init__(self, root: str = 'photos', as_tuples: bool = False):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self) -> DataLoader:
+        images, labels = torch.randn(4, 3, 8, 8), torch.arange(4) % 2
+        if self.hparams.as_tuples: return DataLoader(TensorDataset(images, labels), batch_size=2)
+        return DataLoader([dict(img=image, label=label) for image, label in zip(images, labels)], batch_size=2)
+
+    def predict_dataloader(self) -> DataLoader: return self.train_dataloader()
+
+
+def test_classifier_of_a_data_module_of_ones_own(tmp_path):
+    trainer, another = (Trainer(accelerator='cpu', max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False) for _ in range(2))
+    classifier = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), num_classes=2)
+    with quiet_lightning():
+        trainer.fit(classifier, OwnImages())
+        trainer.save_checkpoint(tmp_path/'own.ckpt')
+        assert [scores.shape for scores in trainer.predict(classifier, OwnImages())] == [(2, 2), (2, 2)]
+        with pytest.raises(TypeError, match=r'a batch is a list, and must be a dict\(img'): another.fit(classifier, OwnImages(as_tuples=True))
+    assert load_classifier(tmp_path/'own.ckpt').hparams.num_classes == 2
 
 
 def test_figures_are_counted_in_float32(work, monkeypatch):
