@@ -69,7 +69,7 @@ def _cudnn(enabled: bool) -> Iterator[None]:
     finally: cudnn.enabled, cudnn.benchmark = before
 
 def _frozen(enabled: bool) -> AbstractContextManager:
-    "While a network is compiled: for inference alone, with its weights as constants, by which batch norms are folded into the convolutions. As an option of `torch.compile` this has no effect."
+    "While a network is compiled: for inference alone, with its weights as constants, by which batch norms are folded into the convolutions before them. As an option of `torch.compile` this has no effect."
     if not enabled: return nullcontext()
     from torch._inductor import config
     return config.patch(freezing=True)
@@ -90,8 +90,9 @@ def make_step(
         F.cross_entropy(forward().float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
+    frozen = _frozen(setting.compiled and not is_training)
     def step() -> None:
-        with _cudnn(setting.cudnn), _frozen(setting.compiled and not is_training), torch.set_grad_enabled(is_training): train() if is_training else forward()
+        with _cudnn(setting.cudnn), frozen, torch.set_grad_enabled(is_training): train() if is_training else forward()
     return step
 
 # %% ../nbs/10_speed.ipynb #8b392fcc

@@ -423,7 +423,9 @@ def check_images(
     if n < 1: raise ValueError(f'{n} images to show; give at least 1')
     images, labels, classes = _named(path_or_images)
     gap = 14  # px, room for a name
-    grid = make_grid(torch.from_numpy(images[:n]), padding=gap, pad_value=255).permute(1, 2, 0)
+    first = torch.from_numpy(images[:n])
+    grid = make_grid(first, padding=gap, pad_value=255) if len(first) > 1 else F.pad(first[0], (gap,)*4, value=255)  # which leaves a single image as it is
+    grid = grid.permute(1, 2, 0)
     fig, ax = plt.subplots(figsize=(grid.shape[1]/50, grid.shape[0]/50), dpi=100)  # 2 px for each of the image
     ax.imshow(grid.numpy(), interpolation='nearest')
     ax.set_axis_off()
@@ -470,7 +472,7 @@ def train_transform(
     flip = A.HorizontalFlip(p=.5)
     steps = {'none': [],
              'student': [A.RandomResizedCrop((size, size), scale=(.5, 1), ratio=(1, 1)), flip, A.FancyPCA(alpha=.1, p=.5)],
-             'standard': [A.Pad(4, border_mode=BORDER_REFLECT_101), A.RandomCrop(size, size), flip]}[augment]
+             'standard': [*[A.Resize(size, size)]*(size != 32), A.Pad(4, border_mode=BORDER_REFLECT_101), A.RandomCrop(size, size), flip]}[augment]
     to_tensor = _to_tensor()
     return A.Compose([*steps, to_tensor[0], *([_Cutout(cutout_px)] if cutout_px else []), *to_tensor[1:]])
 

@@ -216,14 +216,15 @@ def save_weights(
     """Write a model's weights and what they belong to, also of a model wrapped by torch.compile or DistributedDataParallel; until all is written, an
     earlier file stays. FileNotFoundError if there is no such folder, ValueError if the weights are not those of the model that `about` describes."""
     from safetensors.torch import save_file
-    if missing := [key for key in ('arch', 'arch_args', 'num_classes', 'in_channels') if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
+    needed = ('arch', 'arch_args', 'in_channels', *['num_classes']*(not (about.get('arch_args') or {}).get('features_only')))
+    if missing := [key for key in needed if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
     while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner  # wrapped by torch.compile, or by DistributedDataParallel
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     weights = model.state_dict()
     try: planned = _planned(about, weights)
     except _NO_NETWORK as error: raise ValueError(f'{path} is not written: about does not say which model its weights belong to ({error})') from None
     if wrong := unlike(weights, planned.state_dict()):
-        raise ValueError(f'{path} is not written: this {type(model).__name__} is no {about["arch"]} with {about["arch_args"]}, {about["num_classes"]} classes and {about["in_channels"]} channels: '
+        raise ValueError(f'{path} is not written: this {type(model).__name__} is no {about["arch"]} with {about["arch_args"]}, {about.get("num_classes")} classes and {about["in_channels"]} channels: '
                          f'{wrong}; give the network itself, and the arguments that it was made with')
     with replacing(path) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
@@ -245,11 +246,12 @@ def _read(path: str | Path, what: Callable[['safetensors.safe_open'], dict]) -> 
     "What is wanted of an open file of weights."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not there: give a .safetensors file, such as `fishnet-nb export` writes')
-    if zipfile.is_zipfile(path): raise ValueError(f'{path} is no .safetensors file, but one of PyTorch: `load_classifier` reads the checkpoint of a run, and `fishnet-nb export` writes the weights in it')
     try:
         with safe_open(path, 'pt') as file: return what(file)
     except KeyError as error: raise ValueError(f'{path} holds no weights of this library: it lacks {error}, what they belong to') from None
-    except (SafetensorError, TypeError, ValueError, RecursionError) as error: raise ValueError(f'{path} holds no weights of this library ({error})') from None
+    except (SafetensorError, TypeError, ValueError, RecursionError) as error:
+        if zipfile.is_zipfile(path): raise ValueError(f'{path} is no .safetensors file: if it is the checkpoint of a run, `load_classifier` reads it, and `fishnet-nb export` writes the weights in it') from None
+        raise ValueError(f'{path} holds no weights of this library ({error})') from None
 
 def check_blocks(
     arch_args: dict | None,  # what a file claims of its model
@@ -270,16 +272,17 @@ def unlike(
 
 _NO_NETWORK = KeyError, TypeError, ValueError, AttributeError, RuntimeError  # what comes of a description that makes none
 
-def _described(about: dict, num_classes: int | None = None, features_only: bool = False) -> nn.Module:
-    "The model that weights belong to, with as many classes as they have or as are wanted."
+def _make(about: dict, num_classes: int | None = None, features_only: bool = False) -> nn.Module:
+    "The model that weights belong to, with as many classes as they have or as are wanted. KeyError if it isn't said how many they have."
     arch_args = dict(about['arch_args'] or {})
     arch_args['features_only'] = features_only or arch_args.get('features_only', False)
-    return create_model(about['arch'], about['num_classes'] if num_classes is None else num_classes, about['in_channels'], **arch_args)
+    stated = 0 if arch_args['features_only'] else about['num_classes']
+    return create_model(about['arch'], stated if num_classes is None else num_classes, about['in_channels'], **arch_args)
 
 def _planned(about: dict, weights: dict[str, Tensor], *args: object) -> nn.Module:
     "The same, but without memory for the weights. Raises one of _NO_NETWORK."
     check_blocks(about['arch_args'], weights)
-    with torch.device('meta'): return _described(about, *args)
+    with torch.device('meta'): return _make(about, *args)
 
 def load_weights(
     path: str | Path,  # a .safetensors file written by `save_weights`
@@ -290,19 +293,17 @@ def load_weights(
     weights, about = read_weights(path)
     check_switches(features_only=features_only)
     if num_classes is not None and not is_whole(num_classes, 0): raise ValueError(f'num_classes={num_classes!r}: a whole number is expected, 0 for none')
-    try:
-        model = _planned(about, weights, num_classes, features_only)
-        stated = about['num_classes']
+    try: model = _planned(about, weights, num_classes, features_only)
     except _NO_NETWORK as error: raise ValueError(f'{path} does not say which model its weights belong to ({error})') from None
     left_out = ()  # what the names begin with
     if model.classifier is None:
         if num_classes is not None: raise ValueError(f'num_classes={num_classes}: there are features only; add a layer of your own')
         left_out = 'classifier.'
-    elif num_classes not in (None, stated): left_out = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
+    elif num_classes not in (None, about['num_classes']): left_out = f'classifier.{len(model.classifier) - (num_classes != 0)}.'  # the linear layer, which num_classes=0 leaves out
     kept, expected = ({name: tensor for name, tensor in state.items() if not name.startswith(left_out)} for state in (weights, model.state_dict()))
     if wrong := unlike(kept, expected):
         raise ValueError(f'{path} does not fit a {about["arch"]} with {about["arch_args"]}: {wrong}')
-    model = _described(about, num_classes, features_only)
+    model = _make(about, num_classes, features_only)
     model.load_state_dict(kept, strict=False)
     return model
 
@@ -329,7 +330,7 @@ def _create_pretrained(name: str, num_classes: int, in_channels: int, features_o
     path = pretrained_path(name)
     about = read_about(path)
     defaults = {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
-    expected = {**defaults, **depths, **about['arch_args'], 'in_channels': about['in_channels']}
+    expected = {**defaults, **depths, **{key: value for key, value in about['arch_args'].items() if value is not None}, 'in_channels': about['in_channels']}
     n = len(expected['widths'])
     for part, stages in ('body', n-1), ('head', n):
         if expected.get(part, ()) is None: expected[part] = (1,)*stages

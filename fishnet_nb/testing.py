@@ -78,7 +78,7 @@ def find_checkpoint(
         if not (folder/'record.json').is_file(): continue
         record = read_record(folder)
         if record['status'] in UNFINISHED and not read_metrics(folder/'metrics.csv'):
-            raise FileNotFoundError(f'{run!s} has no checkpoint yet, since its first epoch is not done: go on by `fishnet-nb fit {record["recipe"]} --name {os.path.relpath(folder, root)} --resume`')
+            raise FileNotFoundError(f'{run!s} has no checkpoint yet, since its first epoch is not done: go on by `fishnet-nb fit {record["recipe"]} --name {folder.name} --resume`')
         if record['status'] == NOT_FINITE: raise FileNotFoundError(f'{run!s} has no checkpoint, and its record says {NOT_FINITE!r}: train again with a lower learning rate, or by another recipe')
         raise FileNotFoundError(f'{run!s} is a record without checkpoints/best.ckpt, since records are kept without their checkpoints: '
                                 f'train again, by `fishnet-nb reproduce {run!s}`, or name another run')
@@ -104,7 +104,7 @@ def test_run(
 
 def _names_classes(path: Path) -> bool:
     "Whether the file says what its classes are called; those of a checkpoint that doesn't are guessed."
-    return path.suffix == '.safetensors' or _stated_classes(read_checkpoint(path)) is not None
+    return bool(read_about(path).get('classes')) if path.suffix == '.safetensors' else _stated_classes(read_checkpoint(path)) is not None
 
 def _stated_classes(checkpoint: dict) -> object:
     "What a checkpoint's content says that its classes are called; None for the first ones, and those of other batches."
@@ -114,18 +114,19 @@ def _stated_classes(checkpoint: dict) -> object:
 def trained_on(
     path: str | Path,  # a .ckpt or .safetensors file
 ) -> str:
-    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder if it is a checkpoint; 'cifar10' if the file doesn't say. ValueError for weights of other data."
+    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder if it is a checkpoint; 'cifar10' if the file doesn't say. ValueError for other data."
     if Path(path).suffix == '.safetensors':
         data = read_about(path).get('data', {})
         name = data.get('name', 'cifar10') if isinstance(data, dict) else 'cifar10'
         if name not in ('cifar10', 'shapes'): raise ValueError(f'{path} was trained on neither CIFAR-10 nor the shapes: name its data by --data')
         return name
-    return _data_of(read_checkpoint(path))
+    if (data := _data_of(read_checkpoint(path))) is None: raise ValueError(f'{path} was trained with a data module of its own: name its data by --data')
+    return data
 
-def _data_of(checkpoint: dict) -> str:
-    "The same of a checkpoint's content."
-    data = checkpoint.get('datamodule_hyper_parameters')
-    return str(data.get('data', 'cifar10')) if isinstance(data, dict) else 'cifar10'
+def _data_of(checkpoint: dict) -> str | None:
+    "The same of a checkpoint's content; None if it is of another data module."
+    hparams = checkpoint.get('datamodule_hyper_parameters')
+    return str(hparams['data']) if isinstance(hparams, dict) and 'data' in hparams else None if hparams else 'cifar10'
 
 # %% ../nbs/08_testing.ipynb #63aa5061
 def export_weights(
@@ -151,7 +152,8 @@ def load_trained(
     if path.suffix != '.safetensors': return load_classifier(path), class_names(path)
     network, about = load_weights(path), read_about(path)
     if network.classifier is None: raise ValueError(f'{path} holds no classifier: load it by load_weights, for its features')
-    classifier = Classifier(about['arch'], about['arch_args'], about['num_classes'], about['in_channels'], mirror=about.get('mirror', False))
+    arch_args = {key: value for key, value in (about['arch_args'] or {}).items() if key != 'features_only'}  # it is False, then
+    classifier = Classifier(about['arch'], arch_args, about['num_classes'], about['in_channels'], mirror=about.get('mirror', False))
     classifier.model.load_state_dict(network.state_dict())
     classes = about.get('classes') or [f'class {i}' for i in range(about['num_classes'])]
     if not are_class_names(classes): raise ValueError(f'{path} is refused: what it names as classes is not a list of names')
@@ -168,7 +170,8 @@ def class_names(
     if stated is not None:
         if not are_class_names(stated) or len(stated) != n: raise ValueError(f'{path} is refused: what it names as classes is not a list of {n} names')
         return tuple(stated)
-    if data in ('cifar10', 'shapes'): names = SHAPE_CLASSES if data == 'shapes' else CIFAR_CLASSES
+    if data is None: names = []
+    elif data in ('cifar10', 'shapes'): names = SHAPE_CLASSES if data == 'shapes' else CIFAR_CLASSES
     else:
         try: names = read_classes(find_data(data)/'batches.meta')
         except (OSError, ValueError): names = []

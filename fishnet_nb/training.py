@@ -159,7 +159,7 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: dict, batch_idx: int) -> None: self._evaluate('test', batch)
 
-    def predict_step(self, batch: dict, batch_idx: int) -> Tensor: return self(batch['img'])
+    def predict_step(self, batch: dict, batch_idx: int) -> Tensor: return self(*_parts(batch, 'img'))
 
     def on_train_epoch_end(self) -> None: self._log('train')
 
@@ -168,10 +168,9 @@ class Classifier(LightningModule):
     def on_test_epoch_end(self) -> None: self._log('test')
 
     def _answer(self, batch: dict) -> tuple[Tensor, Tensor]:
-        "Class scores of a batch, and its labels. TypeError for a batch of another form."
-        if not isinstance(batch, dict) or not {'img', 'label'} <= set(batch):
-            raise TypeError(f'a batch is a {type(batch).__name__}{" of " + ", ".join(map(str, batch)) if isinstance(batch, dict) else ""}, and must be a dict(img=[N, C, H, W], label=[N])')
-        return self(batch['img']).float(), batch['label']
+        "Class scores of a batch, and its labels."
+        images, labels = _parts(batch, 'img', 'label')
+        return self(images).float(), labels
 
     def _evaluate(self, stage: str, batch: dict) -> None:
         scores, labels = self._answer(batch)
@@ -207,6 +206,12 @@ class Classifier(LightningModule):
         if self.planned_steps not in (n, math.inf): raise ValueError(f'the one-cycle schedule of this run ends after {self.planned_steps} steps, and now there would be {n}: resume it with the epochs and processes that it began with, or start a new run')
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, h.lr, n)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval='step'))
+
+def _parts(batch: dict, *keys: str) -> list[Tensor]:
+    "Those of a batch. TypeError for one of another form."
+    if not isinstance(batch, dict): raise TypeError(f'a batch is a {type(batch).__name__}, and must be a dict(img=[N, C, H, W], label=[N])')
+    if missing := [key for key in keys if key not in batch]: raise TypeError(f'a batch is a dict of {", ".join(map(str, batch))}, and lacks {", ".join(missing)}: it must be a dict(img=[N, C, H, W], label=[N])')
+    return [batch[key] for key in keys]
 
 def compile_problem(
     device: torch.device,  # where it is to run
@@ -424,6 +429,7 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
     ):
         self.folder, self.record, self.config, self.rows, self.earlier = folder, record, config, list(rows), earlier
         self.has_started = False  # before that, nothing of an earlier run may be changed
+        self.is_told = False  # to stop, in a rank that leaves it to the first
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.record |= dict(device=describe_device(trainer))
@@ -432,10 +438,12 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
         self.rows = [row for row in self.rows if row['epoch'] < trainer.current_epoch]
         self.begin(trainer)
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
-            signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else signal.SIG_IGN)  # the first rank ends the others
+            signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else self.be_told)  # the first rank ends the others
         stopping = trainer.early_stopping_callback
         if stopping and stopping.wait_count >= stopping.patience: trainer.should_stop = True  # it was killed when it had no more epochs to go
         self.epoch_started = time.perf_counter()
+
+    def be_told(self, *_: object) -> None: self.is_told = True
 
     def begin(self, trainer: Trainer) -> None:
         "From here on the folder is this run's, and says so even if the process is killed."
@@ -621,7 +629,7 @@ def _parse(
 ) -> RecipeCLI:
     "The classifier, data module and trainer of a recipe. ValueError for an argument that doesn't exist or fit, or a file that is no recipe."
     from jsonargparse import ArgumentError
-    try: is_recipe = isinstance(yaml.safe_load(config.read_text(encoding='utf-8')), dict)
+    try: is_recipe = isinstance(yaml.load(config.read_text(encoding='utf-8'), yaml.BaseLoader), dict)
     except UnicodeDecodeError: is_recipe = False
     except yaml.YAMLError: is_recipe = True  # the parser says where it breaks off
     if not is_recipe: raise ValueError(f'{config} is no recipe: a text in YAML is expected, with entries such as model, data and trainer; {recipe_path("quick")} is one to begin with')
@@ -781,18 +789,24 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
         found = _final(trainer, model, data, recorder.rows)
     except FloatingPointError: recorder.write(trainer, status=NOT_FINITE); raise
     except BaseException as error:
+        if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+            launcher.kill(_get_sigkill_signal())  # or the other ranks may wait for this one for ever
+            launcher.procs.clear()  # or Lightning would kill this process, too, when it sees them dead
         with suppress(OSError):  # on a full disk, what filled it is the error
             if recorder.has_started: recorder.write(trainer, status='interrupted')
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher): trainer.strategy.launcher.kill(_get_sigkill_signal())  # or the other ranks may wait for this one for ever
-        if _is_stop(trainer, error) and recorder.has_started: raise RunInterrupted(folder, len(recorder.rows)) from error
+        if _is_stop(trainer, recorder, error) and recorder.has_started: raise RunInterrupted(folder, len(recorder.rows)) from error
         if isinstance(error, SystemExit): raise KeyboardInterrupt from None  # Lightning makes the one of the other
         raise
     recorder.write(trainer, status='finished', **found)
     return folder
 
-def _is_stop(trainer: Trainer, error: BaseException) -> bool:
-    "Whether a run ended because it was told to; where loader processes were told so, too, their end is reported as an error, and may come in between."
-    return isinstance(error, (KeyboardInterrupt, SystemExit, BrokenPipeError)) or trainer.received_sigterm or isinstance(error.__context__, KeyboardInterrupt)
+def _is_stop(trainer: Trainer, recorder: RunRecorder, error: BaseException) -> bool:
+    "Whether a run ended because it was told to; where loader processes or other ranks were told so, too, their end may be reported first, as a RuntimeError."
+    if isinstance(error, (KeyboardInterrupt, SystemExit, BrokenPipeError)): return True
+    if not isinstance(error, RuntimeError): return False
+    before = error
+    while before and not isinstance(before, KeyboardInterrupt): before = before.__context__
+    return trainer.received_sigterm or recorder.is_told or before is not None
 
 def _size(model: Classifier) -> dict:
     "Parameters, and FLOPs for one image."

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 from fishnet_nb.cli import main
 from fishnet_nb.training import read_metrics
@@ -55,7 +56,7 @@ class Run:
 
 def start(folder: Path, *args: str, **more: object) -> subprocess.Popen:
     "The same in a whole new process, which several ranks need; `more` goes to Popen."
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *os.environ.get('PYTHONPATH', '').split(os.pathsep)])}
     return subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick', *args], cwd=folder, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
 
@@ -64,6 +65,11 @@ def finish(process: Run | subprocess.Popen, timeout: float = 240) -> str:
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, out + err
     return out
+
+
+class FirstRankFails(Callback):
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero: raise OSError('the cable was pulled')
 
 
 def figures(folder: Path) -> list[tuple]: return [tuple(row[key] for key in FIGURES) for row in read_metrics(folder/'metrics.csv')]

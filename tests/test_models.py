@@ -1,6 +1,7 @@
 "What the pages can't show of the models: a compiler, another runtime, several processes."
 import json
 import os
+import shutil
 import socket
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fishnet_nb.bench import Setting, make_step
-from fishnet_nb.data import find_data
+from fishnet_nb.blocks import reduce_channels
+from fishnet_nb.channels import plan_channels
+from fishnet_nb.data import check_images, find_data
 from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights, save_weights, stage_table
-from fishnet_nb.testing import load_trained, test_run as run_test
-from fishnet_nb.training import Classifier, compile_problem
+from fishnet_nb.shapes import make_shapes
+from fishnet_nb.testing import evaluate, load_trained, test_run as run_test, top_k_errors
+from fishnet_nb.training import Classifier, compile_problem, recipe_path
 
 
 def thin(**kwargs) -> nn.Module:
@@ -54,12 +58,12 @@ def test_inference_that_is_compiled_for_the_benchmark_has_its_batch_norms_folded
     if problem := compile_problem(torch.device('cpu')): pytest.skip(problem)
     from torch._inductor.utils import run_and_get_code
     setting = Setting('compiled', channels_last=True, compiled=True)
-    for is_training in (False, True):
-        torch.compiler.reset()
-        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        _, programs = run_and_get_code(make_step(model, torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), setting, is_training))
-        found = ''.join(programs)
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for model, bf16, is_training in (block, False, True), (block, False, False), (thin(widths=(8, 16), tail=(1, 1)), True, False):
+        step = make_step(model, torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), setting._replace(bf16=bf16), is_training)
+        found = ''.join(run_and_get_code(step)[1])
         assert ('_frozen_param' in found, 'sqrt' in found) == (not is_training, is_training)
+        with torch.compiler.set_stance('fail_on_recompile'): step()
 
 
 def _train_step(rank: int, port: int, folder: str) -> None:
@@ -136,13 +140,48 @@ def test_weights_are_saved_with_what_they_belong_to_or_not_at_all(tmp_path):
     stated = {key: value for key, value in about.items() if key != 'num_classes'}
     with pytest.raises(ValueError, match='about lacks num_classes'): save_weights(classifier.model, path, stated)
     assert not list(tmp_path.iterdir())
+    backbone = create_model('fishnet73', features_only=True, **about['arch_args'])
+    save_weights(backbone, path, stated | dict(arch_args=about['arch_args'] | dict(features_only=True)))
+    assert load_weights(path).classifier is None
     save_file(weights, path, {'about': json.dumps(stated)})
+    assert load_weights(path, features_only=True).classifier is None
     for num_classes in (None, 2, 7):
         with pytest.raises(ValueError, match="does not say which model its weights belong to.*num_classes"): load_weights(path, num_classes)
     save_file(weights, path)
     with pytest.raises(ValueError, match="lacks 'about'"): load_weights(path)
     torch.save(classifier.state_dict(), tmp_path/'fish.ckpt')
     with pytest.raises(ValueError, match='fish.ckpt is no .safetensors file.*load_classifier'): load_weights(tmp_path/'fish.ckpt')
+
+
+def test_weights_that_name_no_classes_are_tested_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'data').mkdir()  # for the shapes
+    about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1], features_only=False), num_classes=10, in_channels=3, data=dict(name='shapes'))
+    model = create_model('fishnet73', widths=(8, 16), tail=(1, 1))
+    assert len(run_test(save_weights(model, 'nameless.safetensors', about))[0].labels) == 1000
+    save_weights(model, 'own.safetensors', about | dict(data=dict(name='own')))
+    with pytest.raises(ValueError, match='neither CIFAR-10 nor the shapes'): run_test('own.safetensors')
+
+
+def test_weights_in_the_package_that_were_damaged_are_refused(tmp_path, monkeypatch):
+    shutil.copytree(pretrained_path('fishnet73').parent, tmp_path/'weights')
+    monkeypatch.setattr('fishnet_nb.models.files', lambda package: tmp_path)
+    create_model('fishnet73', pretrained=True)
+    path = tmp_path/'weights'/'fishnet73.safetensors'
+    whole = path.read_bytes()
+    for raw in whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match='missing or damaged.*install the package again'): create_model('fishnet73', pretrained=True)
+
+
+@pytest.mark.parametrize('error, call', [
+    (ValueError, lambda: plan_channels((64, 128, 256, 512), k=3)), (ValueError, lambda: create_model('fishnet98')), (TypeError, lambda: create_model('resnet50', k=2)),
+    (ValueError, lambda: create_model('fishnet99', pretrained=True)), (ValueError, lambda: create_model('fishnet73', features_only=True, final_norm='yes')),
+    (ValueError, lambda: thin()(torch.zeros(1, 3, 30, 32))), (TypeError, lambda: thin()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))), (ValueError, lambda: reduce_channels(torch.zeros(1, 6, 1, 1), 4)),
+    (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2))), (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=(0,))), (ValueError, lambda: evaluate(thin(), [])),
+    (ValueError, lambda: make_shapes(0)), (ValueError, lambda: check_images(make_shapes(2), n=0)), (FileNotFoundError, lambda: load_weights('none.safetensors')), (FileNotFoundError, lambda: recipe_path('none.yaml'))])
+def test_errors_are_of_the_type_that_is_documented(error, call):
+    with pytest.raises(error): call()
 
 
 def test_weights_in_the_package_want_their_own_network():

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from project import BIN, ROOT, check, copy_project, make_readme, run
@@ -59,6 +60,31 @@ def test_both_editions_of_the_review_share_cells_and_equations():
     assert examples(english) == examples(korean) and equations(english) == equations(korean)
     assert len(equations(english)) == 10  # (1) to (9), and (8) put right
     assert [text.count('](') for text in sources(english, 'markdown')] == [text.count('](') for text in sources(korean, 'markdown')]  # the same links
+
+
+def test_nothing_large_and_no_data_is_committed():
+    known = [name for name in check('git', 'ls-files', '-z').split('\0') if (ROOT/name).is_file()]
+    assert max((ROOT/name).stat().st_size for name in known) < 10e6
+    assert [name for name in known if name.startswith('data/')] == ['data/README.md']
+
+
+@pytest.mark.parametrize('given', ['', 'somewhere'])
+def test_make_run_sums_up_trains_and_tests_the_network_of_quick(tmp_path, given):
+    "By a stand-in for the command, which notes its arguments."
+    from fishnet_nb.cli import make_parser
+    from fishnet_nb.training import recipe_path
+    copy = copy_project(tmp_path/'copy')
+    (copy/'.venv'/'bin').mkdir(parents=True)
+    command = copy/'.venv'/'bin'/'fishnet-nb'
+    command.write_text('#!/bin/sh\necho "$@" >> said\nmkdir -p results/run\n: > results/run-images.png\n')
+    command.chmod(0o755)
+    (copy/'.venv'/'.installed').touch()
+    check('make', 'run', cwd=copy, env={**os.environ, 'FISHNET_DATA': given})
+    (data, _), (summary, _), (fit, changes), (test, _) = (make_parser().parse_known_args(line.split()) for line in (copy/'said').read_text().splitlines())
+    quick = yaml.safe_load(recipe_path('quick').read_text(encoding='utf-8'))['model']
+    assert (summary.model, dict(widths=summary.widths, tail=summary.tail, k=summary.k)) == (quick['arch'], {key: quick['arch_args'][key] for key in ('widths', 'tail', 'k')})
+    assert (fit.recipe, fit.name, test.tested, data.shapes) == ('quick', 'run', 'results/run', not given)
+    assert ('--data.data=cifar10' in changes) == bool(given) and (copy/'results'/'run'/'images.png').is_file()
 
 
 def test_version_is_the_same_wherever_it_stands():
@@ -220,6 +246,8 @@ def test_wheel_works_in_an_empty_environment(installed, tmp_path):
     command = lambda *args: check(installed/'fishnet-nb', *args, cwd=tmp_path, env=env)
     imported = 'import sys, fishnet_nb, fishnet_nb.models as m; assert "pytorch_lightning" not in sys.modules; print(fishnet_nb.__file__, m.list_models())'
     assert 'site-packages' in check(installed/'python', '-c', imported, cwd=tmp_path, env=env)
+    every = 'import importlib, pkgutil, fishnet_nb\nfor m in pkgutil.iter_modules(fishnet_nb.__path__):\n    if m.name != "__main__": importlib.import_module(f"fishnet_nb.{m.name}")'
+    check(installed/'python', '-c', every, cwd=tmp_path, env=env)
     assert '17,918,784' in command('summary', 'fishnet99')
     command('fit', 'quick', '--trainer.max_epochs=1', '--trainer.limit_train_batches=2', '--trainer.limit_val_batches=1', '--trainer.limit_test_batches=1')
     Image.new('RGB', (40, 30), 'red').save(tmp_path/'red.png')

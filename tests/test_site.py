@@ -178,11 +178,14 @@ def test_page_in_the_browser(page, address, name):
     page.goto(address + name)
     wait_until_set(page)
     assert not page.locator('.katex-error').count()
+    grounds = set()
     for scheme in 'light', 'dark':
         page.emulate_media(color_scheme=scheme)
         page.reload()
         wait_until_set(page)
+        grounds.add(page.evaluate('getComputedStyle(document.body).backgroundColor'))
         assert not (found := violations(page)), f'{scheme}: {found}'
+    assert len(grounds) == 2
     page.set_viewport_size(dict(width=375, height=700))
     assert page.evaluate('document.documentElement.scrollWidth') <= 375
     assert not (found := violations(page)), found
@@ -222,6 +225,11 @@ def test_previous_and_next_lead_through_all_pages(page, address):
         with page.expect_navigation(): page.locator('.nav-page-next a').click()
         seen.append(Path(urlsplit(page.url).path).name)
     assert sorted(seen) == sorted(PAGES) and seen[1] == '00_review.html'
+    back = [seen[-1]]
+    while page.locator('.nav-page-previous a').count():
+        with page.expect_navigation(): page.locator('.nav-page-previous a').click()
+        back.append(Path(urlsplit(page.url).path).name)
+    assert back == seen[::-1]
 
 
 @pytest.fixture(scope='module')

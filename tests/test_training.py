@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -130,8 +131,8 @@ def test_averaged_weights_are_those_that_are_tested(work, straight, monkeypatch)
 
 
 def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
-    "With batch norm synchronised the curves and the test errors are the same, but for rounding, and each test image is counted once."
-    args = [*TINY, '--trainer.max_epochs=2', '--trainer.limit_train_batches=6', '--trainer.accelerator=cpu', '--model.lr=0.01', '--model.schedule=step', '--trainer.precision=64-true']  # in float32 rounding grows from step to step
+    "With batch norm synchronised the curves and the test errors are the same, but for rounding, and each test image is counted once, of a number that two don't divide."
+    args = [*TINY, f'--data.data={write_shapes(work/"odd", 400, 41)}', '--trainer.max_epochs=2', '--trainer.limit_train_batches=6', '--trainer.accelerator=cpu', '--model.lr=0.01', '--model.schedule=step', '--trainer.precision=64-true']  # in float32 rounding grows from step to step
     ranks = ['--trainer.devices=2', '--trainer.strategy=ddp', '--trainer.sync_batchnorm=true', '--data.batch_size=16']
     finish(Run(work, '--name=whole', *args))
     finish(start(work, '--name=halves', *args, *ranks))
@@ -139,7 +140,7 @@ def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
         for key in 'train_loss', 'val_loss': assert halves[key] == pytest.approx(whole[key], rel=1e-5), key
     whole, halves = (read_record(work/'results'/name) for name in ('whole', 'halves'))
     assert halves['device'].startswith('2 × ') and not (work/'results'/'halves-2').exists()
-    assert halves['test']['n'] == whole['test']['n'] == whole['data']['n_test'] == 1000
+    assert halves['test']['n'] == whole['test']['n'] == whole['data']['n_test'] == 41
     assert halves['test']['loss'] == pytest.approx(whole['test']['loss'], rel=1e-5)
 
 
@@ -150,13 +151,26 @@ def test_two_ranks_stop_on_sigterm_and_resume(work):
     wait_for_epochs(process, work/'results'/'ranks', 1)
     time.sleep(.7)
     os.killpg(process.pid, signal.SIGTERM)
-    try: process.communicate(timeout=60)
+    try: _, err = process.communicate(timeout=60)
     finally:
         if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
-    epochs = read_record(work/'results'/'ranks')['epochs']
-    assert process.returncode != 0 and 0 < epochs < 1000
+    record = read_record(work/'results'/'ranks')
+    assert process.returncode == 130 and 'go on by: fishnet-nb fit quick --name ranks --resume' in err and 'DataLoader' not in err, err
+    epochs = record['epochs']
+    assert record['status'] == 'interrupted' and 0 < epochs < 1000
     finish(start(work, '--name=ranks', '--resume', f'--trainer.max_epochs={epochs + 1}'))
     assert read_record(work/'results'/'ranks')['epochs'] == epochs + 1
+
+
+def test_rank_that_fails_ends_the_others(work):
+    "Which would wait for it; and its error is the one that is told."
+    args = [*TINY, '--trainer.max_epochs=2', '--trainer.limit_train_batches=2', '--model.schedule=step', '--trainer.callbacks=runs.FirstRankFails']
+    ranks = ['--trainer.devices=2', '--trainer.strategy=ddp']
+    process = start(work, '--name=fails', *args, *ranks, process_group=0)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err == 'error: the cable was pulled\n', err
+    assert read_record(work/'results'/'fails')['status'] == 'interrupted'
+    with pytest.raises(ProcessLookupError): os.killpg(process.pid, 0)
 
 
 def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
@@ -207,7 +221,34 @@ def test_recipes_can_be_read(work, monkeypatch, recipe):
     "Each recipe makes a model, data and a trainer; the data is here the shapes, for all of them."
     monkeypatch.chdir(work)
     with quiet_lightning(): cli = _parse(recipe_path(recipe), ['--data.data=shapes'])
-    assert cli.trainer.max_epochs == cli.config.trainer.max_epochs and cli.model.hparams.num_classes == 10
+    assert cli.model.hparams.num_classes == 10
+
+
+def test_student_is_the_recipe_of_the_student_implementation(work, monkeypatch):
+    "And one seed is that of all."
+    monkeypatch.chdir(work)
+    with quiet_lightning(): cli = _parse(recipe_path('student'), ['--data.data=shapes', '--seed_everything=7', '--trainer.accelerator=cpu'])
+    model, data = cli.model.hparams, cli.datamodule.hparams
+    assert (model.arch, model.arch_args, model.optimizer, model.lr, model.weight_decay, model.schedule) == ('fishnet99', None, 'adam', .01, 1e-4, 'step')
+    assert (data.batch_size, data.val_fraction, data.augment, data.cutout_px) == (256, .2, 'student', 0)
+    assert (cli.trainer.max_epochs, cli.trainer.precision, data.seed) == (30, '32-true', 7)
+
+
+def test_mirrored_answer_is_the_mean_confidence():
+    classifier, images = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), mirror=True).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        mean = sum(classifier.model(x).softmax(1) for x in (images, images.flip(3)))/2
+        torch.testing.assert_close(classifier(images).exp(), mean, atol=1e-5, rtol=1e-4)
+
+
+def test_label_smoothing_is_of_the_training_loss_alone():
+    classifier, batch = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), label_smoothing=.5).eval(), dict(img=torch.randn(4, 3, 8, 8), label=torch.arange(4))
+    with torch.no_grad():
+        scores, loss = classifier(batch['img']), classifier.training_step(batch, 0)
+        classifier.validation_step(batch, 0)
+    torch.testing.assert_close(loss, F.cross_entropy(scores, batch['label'], label_smoothing=.5))
+    found = training.summarise(classifier.metrics['val_metrics'])['loss'].item()
+    assert found == pytest.approx(F.cross_entropy(scores, batch['label']).item(), rel=1e-5)
 
 
 def test_a_trained_network_can_be_trained_anew_for_longer(tmp_path):
@@ -361,7 +402,8 @@ def test_classifier_of_a_data_module_of_ones_own(tmp_path):
         trainer.save_checkpoint(tmp_path/'own.ckpt')
         assert [scores.shape for scores in trainer.predict(classifier, OwnImages())] == [(2, 2), (2, 2)]
         with pytest.raises(TypeError, match=r'a batch is a list, and must be a dict\(img'): another.fit(classifier, OwnImages(as_tuples=True))
-    assert load_classifier(tmp_path/'own.ckpt').hparams.num_classes == 2
+    assert load_trained(tmp_path/'own.ckpt')[1] == ('class 0', 'class 1')
+    with pytest.raises(ValueError, match='own.ckpt was trained with a data module of its own: name its data by --data'): run_test(tmp_path/'own.ckpt')
 
 
 def test_figures_are_counted_in_float32(work, monkeypatch):
