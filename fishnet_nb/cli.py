@@ -85,7 +85,7 @@ def _resumable(command: str, earlier: Path | None) -> Iterator[None]:
     except KeyboardInterrupt as error:
         from pytorch_lightning.utilities import rank_zero_only
         if isinstance(error.__cause__, BrokenPipeError): _drop_output()
-        if rank_zero_only.rank: raise  # the first rank knows the folder
+        if rank_zero_only.rank: raise SystemExit from None  # the first rank knows the folder; were this an error, Lightning would kill it
         folder = getattr(error, 'folder', earlier)
         how = f'go on by: fishnet-nb {command} --name {shlex.quote(os.path.relpath(folder, "results"))} --resume' if folder else 'nothing was trained yet'
         raise KeyboardInterrupt(f'{str(error) or "stopped"}; {how}') from None

@@ -422,6 +422,7 @@ def check_images(
     "The first `n` training images in rows of eight, each above the name of its class, if it has one. Raises as `load_data`, or ValueError for other images."
     if n < 1: raise ValueError(f'{n} images to show; give at least 1')
     images, labels, classes = _named(path_or_images)
+    if not len(images): raise ValueError('there are no images to show')
     gap = 14  # px, room for a name
     first = torch.from_numpy(images[:n])
     grid = make_grid(first, padding=gap, pad_value=255) if len(first) > 1 else F.pad(first[0], (gap,)*4, value=255)  # which leaves a single image as it is
@@ -465,14 +466,14 @@ class _Cutout(A.ImageOnlyTransform):
 def train_transform(
     augment: str = 'student',  # 'none', 'student': crop, flip, colour; or 'standard': shift by up to 4 px, flip
     cutout_px: int = 0,  # side of a square that is set to the mean colour; 0: none
-    size: int = 32,  # side of what comes out, px; 'none' keeps the image's
+    size: int = 32,  # side of what comes out, px, to which 'standard' scales the image first; 'none' keeps the image's
 ) -> A.Compose:  # image=uint8[H, W, 3] -> dict(image=float32[3, size, size])
     "An augmentation of one image, and normalisation. Raises ValueError."
     _check_augment(augment, cutout_px)
     flip = A.HorizontalFlip(p=.5)
     steps = {'none': [],
              'student': [A.RandomResizedCrop((size, size), scale=(.5, 1), ratio=(1, 1)), flip, A.FancyPCA(alpha=.1, p=.5)],
-             'standard': [*[A.Resize(size, size)]*(size != 32), A.Pad(4, border_mode=BORDER_REFLECT_101), A.RandomCrop(size, size), flip]}[augment]
+             'standard': [A.Resize(size, size), A.Pad(4, border_mode=BORDER_REFLECT_101), A.RandomCrop(size, size), flip]}[augment]
     to_tensor = _to_tensor()
     return A.Compose([*steps, to_tensor[0], *([_Cutout(cutout_px)] if cutout_px else []), *to_tensor[1:]])
 

@@ -216,7 +216,9 @@ def save_weights(
     """Write a model's weights and what they belong to, also of a model wrapped by torch.compile or DistributedDataParallel; until all is written, an
     earlier file stays. FileNotFoundError if there is no such folder, ValueError if the weights are not those of the model that `about` describes."""
     from safetensors.torch import save_file
-    needed = ('arch', 'arch_args', 'in_channels', *['num_classes']*(not (about.get('arch_args') or {}).get('features_only')))
+    arch_args = about.get('arch_args')
+    is_backbone = isinstance(arch_args, dict) and arch_args.get('features_only')
+    needed = 'arch', 'arch_args', 'in_channels', *([] if is_backbone else ['num_classes'])
     if missing := [key for key in needed if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
     while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner  # wrapped by torch.compile, or by DistributedDataParallel
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')

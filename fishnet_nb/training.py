@@ -51,7 +51,6 @@ from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from pytorch_lightning.plugins import LayerSync
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from pytorch_lightning.trainer.connectors.signal_connector import _get_sigkill_signal
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn, Tensor
@@ -787,23 +786,32 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
                 raise ValueError(f'{folder} is finished, and by these changes no epoch is left to train: nothing was changed')
             recorder.begin(trainer)
         found = _final(trainer, model, data, recorder.rows)
-    except FloatingPointError: recorder.write(trainer, status=NOT_FINITE); raise
     except BaseException as error:
-        if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
-            launcher.kill(_get_sigkill_signal())  # or the other ranks may wait for this one for ever
-            launcher.procs.clear()  # or Lightning would kill this process, too, when it sees them dead
-        with suppress(OSError):  # on a full disk, what filled it is the error
-            if recorder.has_started: recorder.write(trainer, status='interrupted')
+        with _ending_others(trainer), suppress(OSError):  # on a full disk, what filled it is the error
+            if recorder.has_started: recorder.write(trainer, status=NOT_FINITE if isinstance(error, FloatingPointError) else 'interrupted')
         if _is_stop(trainer, recorder, error) and recorder.has_started: raise RunInterrupted(folder, len(recorder.rows)) from error
         if isinstance(error, SystemExit): raise KeyboardInterrupt from None  # Lightning makes the one of the other
         raise
     recorder.write(trainer, status='finished', **found)
     return folder
 
+@contextmanager
+def _ending_others(trainer: Trainer) -> Iterator[None]:
+    "Ends the other ranks that this process has started, which may wait for it for ever."
+    launcher = trainer.strategy.launcher
+    others = launcher.procs[:] if isinstance(launcher, _SubprocessScriptLauncher) else []
+    if not others or threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'): handler = None
+    else: handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would report loader processes that have been stopped, too
+    if others: launcher.procs.clear()  # or Lightning would kill this process when it sees the others dead
+    try: yield
+    finally:
+        for process in others: process.kill()
+        if handler is not None: signal.signal(signal.SIGCHLD, handler)
+
 def _is_stop(trainer: Trainer, recorder: RunRecorder, error: BaseException) -> bool:
     "Whether a run ended because it was told to; where loader processes or other ranks were told so, too, their end may be reported first, as a RuntimeError."
     if isinstance(error, (KeyboardInterrupt, SystemExit, BrokenPipeError)): return True
-    if not isinstance(error, RuntimeError): return False
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError): return False
     before = error
     while before and not isinstance(before, KeyboardInterrupt): before = before.__context__
     return trainer.received_sigterm or recorder.is_told or before is not None

@@ -56,7 +56,7 @@ class Run:
 
 def start(folder: Path, *args: str, **more: object) -> subprocess.Popen:
     "The same in a whole new process, which several ranks need; `more` goes to Popen."
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *os.environ.get('PYTHONPATH', '').split(os.pathsep)])}
+    env = {**{key: value for key, value in os.environ.items() if key != 'FISHNET_DEBUG'}, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *os.environ.get('PYTHONPATH', '').split(os.pathsep)])}
     return subprocess.Popen([sys.executable, '-m', 'fishnet_nb', 'fit', 'quick', *args], cwd=folder, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
 

@@ -474,8 +474,8 @@ def test_each_image_has_its_name_below_it(n):
 
 @pytest.mark.parametrize('augment', ('student', 'standard'))
 def test_what_comes_out_has_the_side_that_was_asked_for(augment):
-    image = np.zeros((32, 32, 3), np.uint8)
-    for size in (16, 32, 64): assert train_transform(augment, size=size)(image=image)['image'].shape == (3, size, size)
+    for given in (32, 64):
+        for size in (16, 32, 64): assert train_transform(augment, size=size)(image=np.zeros((given, given, 3), np.uint8))['image'].shape == (3, size, size)
 
 
 def test_images_that_a_device_can_not_augment_are_refused():
