@@ -800,13 +800,13 @@ def _ending_others(trainer: Trainer) -> Iterator[None]:
     "Ends the other ranks that this process has started, which may wait for it for ever."
     launcher = trainer.strategy.launcher
     others = launcher.procs[:] if isinstance(launcher, _SubprocessScriptLauncher) else []
-    if not others or threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'): handler = None
-    else: handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would report loader processes that have been stopped, too
+    is_deaf = threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD')
+    if is_deaf: handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would report loader processes that were stopped, too, here or when others end
     if others: launcher.procs.clear()  # or Lightning would kill this process when it sees the others dead
     try: yield
     finally:
         for process in others: process.kill()
-        if handler is not None: signal.signal(signal.SIGCHLD, handler)
+        if is_deaf and handler is not None and trainer.world_size == 1: signal.signal(signal.SIGCHLD, handler)  # otherwise the process is one of the command's, and ends
 
 def _is_stop(trainer: Trainer, recorder: RunRecorder, error: BaseException) -> bool:
     "Whether a run ended because it was told to; where loader processes or other ranks were told so, too, their end may be reported first, as a RuntimeError."
