@@ -186,11 +186,16 @@ def bench(
         if problem := compile_problem(device): record['left_out'], settings = problem, [setting for setting in settings if not setting.compiled]
     for args, size in zip(models, sizes):
         for batch_size in batch_sizes:
-            for row in _measure(lambda: create_model(arch, **args), batch_size, settings, device, rounds, seconds):
-                flops = size['flops']*(3 if row['mode'] == 'training' else 1)
-                record['rows'].append(dict(width=size['widths'][0], **row, share_of_peak=round(flops*row['img_per_s']/record['peak_flops'], 4)))
+            record['rows'] += [dict(width=size['widths'][0], **row) for row in _measure(lambda: create_model(arch, **args), batch_size, settings, device, rounds, seconds)]
+            record['peak_flops'] = max(record['peak_flops'], round(matrix_peak(device, dtype)))  # again, since something else may have run before
+            _add_shares(record)
             keep(record)
     return record
+
+def _add_shares(record: dict) -> None:
+    "What each row reaches of the peak."
+    flops = {size['widths'][0]: size['flops'] for size in record['sizes']}
+    for row in record['rows']: row['share_of_peak'] = round(flops[row['width']]*(3 if row['mode'] == 'training' else 1)*row['img_per_s']/record['peak_flops'], 4)
 
 def _widths(arch: str, arch_args: dict) -> list[int]:
     "The tail's widths: of the stem and of each stage but the last, which keeps its width."
