@@ -239,13 +239,13 @@ def input_rates(
     seconds: float = 2.0,  # how long to count each way
 ) -> dict:  # data, workers, and images per second by 'albumentations' and 'on_device'
     "How many training images per second are delivered, of CIFAR-10 where it is at hand, else of the shapes: augmented one by one by albumentations, and by the batch on the device."
-    data = available_data()
-    single, batched = (CIFARDataModule(data, batch_size, on_device=on_device).train_dataloader() for on_device in (False, True))
+    modules = [CIFARDataModule(available_data(), batch_size, on_device=on_device) for on_device in (False, True)]
+    single, batched = (module.train_dataloader() for module in modules)
     batched.dataset.images, batched.dataset.labels = batched.dataset.images.to(device), batched.dataset.labels.to(device)
     epochs = lambda loader: chain.from_iterable(repeat(loader))
     found = {name: round(data_rate(epochs(loader), seconds, 2 + loader.num_workers*(loader.prefetch_factor or 0)), 1)  # what the workers made before doesn't count
              for name, loader in [('albumentations', single), ('on_device', batched)]}
-    return dict(data=data, workers=single.num_workers) | found
+    return dict(data=modules[0].data_info()['description'], workers=single.num_workers) | found
 
 # %% ../nbs/10_speed.ipynb #f36ac8e2
 def read_bench(

@@ -301,7 +301,7 @@ def _mean_std(images: 'numpy.ndarray') -> tuple[list[float], list[float]]:  # of
 # %% ../nbs/cli.ipynb #16b475c6
 def _run_reproduce(args: argparse.Namespace) -> int:
     """Repeat a recorded run with its hyperparameters, and compare the errors. Ends with 1 if the top-1 errors differ by more than the tolerance: on
-    other hardware or another number of threads, rounding alone makes two runs differ by some tenths of a percentage point."""
+    other hardware or another number of threads, rounding alone makes two runs drift apart, short ones perhaps as far as another seed would."""
     from pytorch_lightning.utilities import rank_zero_only
     from fishnet_nb.training import NOT_FINITE, fit, read_record
     stated = read_record(args.stated)
@@ -352,13 +352,16 @@ def _repeatable(
 ) -> tuple[str, str, dict]:
     "Name and recipe of a record, and the recipe with the run's hyperparameters. ValueError for a run without a result, for foreign code, or for what is no record."
     import inspect
+    from importlib.metadata import version
     from pytorch_lightning import Trainer
     from fishnet_nb.training import NOT_FINITE
     try:
         if record['status'] not in ('finished', NOT_FINITE): raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
         config, _ = _hyperparameters(record, given), (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
         if record['status'] == 'finished' and not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
-        foreign = [str(key) for key in set(config['trainer']) - set(inspect.signature(Trainer).parameters)]
+        if unknown := {*map(str, config['trainer'])} - {*inspect.signature(Trainer).parameters}:
+            raise ValueError(f'{given} is refused: Lightning\'s trainer, of version {version("pytorch-lightning")} here, has no {", ".join(sorted(unknown))}; the run had {(record["versions"] or {}).get("pytorch-lightning")}')
+        foreign = []
         for key in 'accelerator', 'callbacks', 'logger', 'plugins', 'profiler', 'strategy': foreign += _foreign(config['trainer'].get(key))
         if foreign: raise ValueError(f'{given} is refused: it names {", ".join(foreign)}, by which code could be imported; if you trust it, train by a recipe of your own that names it')
         return Path(record['name']).name, Path(record['recipe']).name, config

@@ -24,7 +24,7 @@ from torch import Tensor
 from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, are_class_names, find_data, read_classes
 from .models import load_weights, pretrained_path, read_about, save_weights
 from .shapes import SHAPE_CLASSES
-from .training import (NOT_FINITE, UNFINISHED, Classifier, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
+from .training import (NOT_FINITE, UNFINISHED, Classifier, batch_parts, code_commit, device_name, load_classifier, package_versions, read_checkpoint, read_metrics, read_record,
                                  write_atomically)
 
 # %% ../nbs/08_testing.ipynb #3c0d9988
@@ -57,10 +57,10 @@ def evaluate(
     classifier: torch.nn.Module,  # [n, C, H, W] -> [n, classes]; it is put in eval mode
     loader: Iterable[dict],  # batches dict(img, label), such as a DataLoader gives
 ) -> Evaluation:
-    "Scores and labels of all images of `loader`, in its order, and the errors. ValueError for an empty loader."
+    "Scores and labels of all images of `loader`, in its order, and the errors. ValueError for an empty loader, TypeError for batches of another form."
     device = next(classifier.parameters()).device
     classifier.eval()
-    batches = [(classifier(batch['img'].to(device)).float().cpu(), batch['label'].cpu()) for batch in loader]
+    batches = [(classifier(images.to(device)).float().cpu(), labels.cpu()) for images, labels in (batch_parts(batch, 'img', 'label') for batch in loader)]
     if not batches: raise ValueError('the loader is empty: there is nothing to evaluate')
     logits, labels = (torch.cat(parts) for parts in zip(*batches))
     return Evaluation(logits, labels, *top_k_errors(logits, labels))
@@ -101,6 +101,8 @@ def test_run(
     if module.num_classes != len(classes): raise ValueError(f'{path} tells {len(classes)} classes apart, and the data has {module.num_classes}: {"name its data by" if data is None else "give other data to"} --data')
     if data is None and _names_classes(path) and module.classes != classes: raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: name its data by --data')
     return evaluate(classifier.to(best_device()), module.test_dataloader()), module
+
+test_run.__test__ = False  # its name begins as those that pytest collects
 
 def _names_classes(path: Path) -> bool:
     "Whether the file says what its classes are called; those of a checkpoint that doesn't are guessed."

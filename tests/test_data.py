@@ -284,6 +284,7 @@ def test_missing_empty_or_file(tmp_path, monkeypatch):
     with breaks(FileNotFoundError, 'FISHNET_DATA'): load_cifar()
     monkeypatch.delenv('FISHNET_DATA'); monkeypatch.chdir(tmp_path)
     with breaks(FileNotFoundError, 'fishnet-nb data --download'): load_cifar()
+    with breaks(FileNotFoundError, "CIFAR10 is not there: give 'cifar10', 'shapes'"): CIFARDataModule('CIFAR10').setup()
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no named pipes here')

@@ -19,7 +19,7 @@ from fishnet_nb.channels import plan_channels
 from fishnet_nb.data import check_images, find_data
 from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights, save_weights, stage_table
 from fishnet_nb.shapes import make_shapes
-from fishnet_nb.testing import evaluate, load_trained, test_run as run_test, top_k_errors
+from fishnet_nb.testing import evaluate, load_trained, test_run, top_k_errors
 from fishnet_nb.training import Classifier, compile_problem, recipe_path
 
 
@@ -94,7 +94,7 @@ def test_weights_in_the_package_err_no_more_than_they_say():
     "On real CIFAR-10, whichever is at hand; two points are left to chance, for the bit-exact subset has few images."
     try: find_data()
     except FileNotFoundError: pytest.skip('real CIFAR-10 is not there')
-    found, _ = run_test()
+    found, _ = test_run()
     stated = read_weights(pretrained_path('fishnet73'))[1]['test']
     assert found.top1_error < stated['top1_error'] + .02 and found.top5_error < stated['top5_error'] + .01
 
@@ -158,9 +158,9 @@ def test_weights_that_name_no_classes_are_tested_all_the_same(tmp_path, monkeypa
     (tmp_path/'data').mkdir()  # for the shapes
     about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1], features_only=False), num_classes=10, in_channels=3, data=dict(name='shapes'))
     model = create_model('fishnet73', widths=(8, 16), tail=(1, 1))
-    assert len(run_test(save_weights(model, 'nameless.safetensors', about))[0].labels) == 1000
+    assert len(test_run(save_weights(model, 'nameless.safetensors', about))[0].labels) == 1000
     save_weights(model, 'own.safetensors', about | dict(data=dict(name='own')))
-    with pytest.raises(ValueError, match='neither CIFAR-10 nor the shapes'): run_test('own.safetensors')
+    with pytest.raises(ValueError, match='neither CIFAR-10 nor the shapes'): test_run('own.safetensors')
 
 
 def test_weights_in_the_package_that_were_damaged_are_refused(tmp_path, monkeypatch):
@@ -178,7 +178,8 @@ def test_weights_in_the_package_that_were_damaged_are_refused(tmp_path, monkeypa
     (ValueError, lambda: plan_channels((64, 128, 256, 512), k=3)), (ValueError, lambda: create_model('fishnet98')), (TypeError, lambda: create_model('resnet50', k=2)),
     (ValueError, lambda: create_model('fishnet99', pretrained=True)), (ValueError, lambda: create_model('fishnet73', features_only=True, final_norm='yes')),
     (ValueError, lambda: thin()(torch.zeros(1, 3, 30, 32))), (TypeError, lambda: thin()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))), (ValueError, lambda: reduce_channels(torch.zeros(1, 6, 1, 1), 4)),
-    (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2))), (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=(0,))), (ValueError, lambda: evaluate(thin(), [])),
+    (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2))), (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=(0,))), (ValueError, lambda: evaluate(thin(), [])), (TypeError, lambda: evaluate(thin(), [(torch.zeros(2, 3, 32, 32), torch.zeros(2))])),
+    (ValueError, lambda: Classifier('fishnet73')(torch.zeros(3, 32, 32))), (TypeError, lambda: Classifier('fishnet73')(np.zeros((1, 3, 32, 32), np.float32))),
     (ValueError, lambda: make_shapes(0)), (ValueError, lambda: check_images(make_shapes(2), n=0)), (ValueError, lambda: check_images(np.zeros((0, 3, 32, 32), np.uint8))), (FileNotFoundError, lambda: load_weights('none.safetensors')), (FileNotFoundError, lambda: recipe_path('none.yaml'))])
 def test_errors_are_of_the_type_that_is_documented(error, call):
     with pytest.raises(error): call()

@@ -103,14 +103,15 @@ def published(pattern: str) -> list[Path]:
 
 
 def test_records_agree_with_their_metrics():
-    "The figures in a record are those of its metrics.csv, so neither was changed by hand alone."
-    from fishnet_nb.training import read_metrics
+    "The figures in a record are those of its metrics.csv, so neither was changed by hand alone; and each finished run has a row in a table."
+    from fishnet_nb.training import read_metrics, results_table
     records = published('results/**/record.json')
     assert records
     for path in records:
         record, rows = json.loads(path.read_text(encoding='utf-8')), read_metrics(path.with_name('metrics.csv'))
         assert record['epochs'] == len(rows)
         if record['status'] != 'finished': continue  # its loss was not finite: no best epoch and no test
+        assert f'| {record["name"]} | ' in results_table([record])
         best = min(rows, key=lambda row: row['val_loss'])
         assert record['best_epoch'] == best['epoch']
         assert record['val']['top1_error'] == best['val_top1_error']
@@ -192,15 +193,17 @@ def test_pages_state_the_errors_of_the_weights_and_of_the_seeds():
 
 
 def test_page_of_results_has_the_proposals():
-    "The row of each network has the test errors of its seeds."
+    "The two rows of each network have the test and validation errors of its seeds."
     text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
     records = [json.loads(path.read_text(encoding='utf-8')) for path in published('results/proposals/*/record.json')]
     names = {record['name'].split('-seed-')[0] for record in records}
     assert len(names) == 5 and len(records) == 10
     for name in names:
-        errors = [record['test']['top1_error'] for record in sorted(records, key=lambda record: record['seed']) if record['name'].startswith(f'{name}-seed-')]
-        row = next(line for line in text.splitlines() if line.strip().startswith(f'"| {name} |'))
-        assert f'| {", ".join(f"{error:.1%}" for error in errors)} | {sum(errors)/len(errors):.1%} |' in row
+        rows = text.splitlines()
+        first = next(i for i, line in enumerate(rows) if line.strip().startswith(f'"| {name} |'))
+        for row, part, images in (rows[first], 'test', 'test'), (rows[first + 1], 'val', 'validation'):
+            errors = [record[part]['top1_error'] for record in sorted(records, key=lambda record: record['seed']) if record['name'].startswith(f'{name}-seed-')]
+            assert f'| {images} | {", ".join(f"{error:.1%}" for error in errors)} | {sum(errors)/len(errors):.1%} |' in row
 
 
 def test_page_of_versatility_states_what_its_records_say():

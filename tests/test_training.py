@@ -22,8 +22,8 @@ from fishnet_nb import training
 from fishnet_nb.data import CIFAR_CLASSES, CIFARDataModule
 from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights
 from fishnet_nb.shapes import write_shapes
-from fishnet_nb.testing import export_weights, load_trained, test_run as run_test
-from fishnet_nb.training import (Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, fit, list_recipes, load_classifier, quiet_lightning,
+from fishnet_nb.testing import export_weights, load_trained, test_run
+from fishnet_nb.training import (Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, compile_problem, fit, list_recipes, load_classifier, quiet_lightning,
                                  read_checkpoint, read_metrics, read_record, recipe_path, results_table, run_folder)
 
 from runs import TINY, figures, finish, Run, start, wait_for_epochs
@@ -86,6 +86,16 @@ def test_run_killed_in_its_test_is_tested_when_resumed(work, straight):
     finish(Run(work, '--name=moved', '--resume'))
     for key in 'test', 'val', 'best_epoch', 'epochs', 'device': assert read_record(folder)[key] == stated[key]
     assert figures(folder) == before
+    best, record = folder/'checkpoints'/'best.ckpt', (folder/'record.json').read_bytes()
+    content = torch.load(best, weights_only=True)
+    assert content['epoch'] == stated['best_epoch'] != 0
+    torch.save(content | {'epoch': 0}, best)
+    (folder/'record.json').unlink()
+    finish(Run(work, '--name=moved', '--resume'))
+    found = read_record(folder)
+    assert found['best_epoch'] == 0 and found['val']['loss'] == read_metrics(folder/'metrics.csv')[0]['val_loss']  # those of the epoch whose weights are tested
+    torch.save(content, best)
+    (folder/'record.json').write_bytes(record)
     files = {path: path.read_bytes() for path in folder.glob('**/*.*')}
     finish(Run(work, '--name=moved', '--resume'))
     for change, told in ('--trainer.benchmark=true', 'moved is finished'), ('--model.mirror=false', "model.mirror is True in results/moved and can't become False"):
@@ -131,7 +141,7 @@ def test_averaged_weights_are_those_that_are_tested(work, straight, monkeypatch)
     "The test at the end of a run with averaged weights has them, as its best checkpoint has."
     monkeypatch.chdir(work)
     monkeypatch.setattr('fishnet_nb.testing.best_device', lambda: torch.device('cpu'))  # where the run was tested
-    stated, found = read_record(straight), run_test('straight')[0]
+    stated, found = read_record(straight), test_run('straight')[0]
     assert (found.top1_error, found.top5_error) == pytest.approx((stated['test']['top1_error'], stated['test']['top5_error']))
     content = read_checkpoint(straight/'checkpoints'/'best.ckpt')
     assert content['epoch'] == stated['best_epoch']
@@ -289,6 +299,9 @@ def test_what_would_leave_no_record_is_refused(work, monkeypatch):
     with pytest.raises(ValueError, match='in a terminal'): fit('quick', [*TINY, '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp_fork'], name='forked')
     monkeypatch.setattr(torch, 'compile', lambda network: 1/0)
     with pytest.raises(ValueError, match='torch.compile doesn.t work here .division by zero.: .* --model.compile=false'): fit('quick', [*TINY, '--model.compile=true'], name='uncompiled')
+    def full(network: object): raise torch.OutOfMemoryError('the device is full')
+    monkeypatch.setattr(torch, 'compile', full)
+    with pytest.raises(torch.OutOfMemoryError, match='is full'): fit('quick', [*TINY, '--model.compile=true'], name='uncompiled')
     with pytest.raises(ValueError, match='a list of texts'): fit('quick', '--trainer.max_epochs=1', name='texts')
     assert not any((work/'results'/name).exists() for name in ('forked', 'uncompiled', 'texts'))
 
@@ -303,6 +316,37 @@ def test_what_can_go_on_is_named(work, monkeypatch):
     for name in 'kept', 'nobody', 'results/nobody':
         with pytest.raises(FileNotFoundError, match='what can go on: .*--name kept-2 --resume'): fit('quick', name=name, resume=True)
     assert fit(Path('quick'), name='results/kept-2', resume=True) == Path('results/kept-2')
+
+
+def test_nothing_of_slurm_is_taken_for_the_run(work, monkeypatch):
+    "Lightning would begin with what another program left, and begin anew, without --resume, when a job's time is up."
+    monkeypatch.chdir(work)
+    for name, value in dict(SLURM_NTASKS='1', SLURM_JOB_NAME='training', SLURM_JOB_ID='1', SLURM_PROCID='0', SLURM_LOCALID='0', SLURM_NODEID='0').items(): monkeypatch.setenv(name, value)
+    args = [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=1']
+    Path('hpc_ckpt_1.ckpt').touch()
+    with pytest.raises(ValueError, match='hpc_ckpt_1.ckpt was left there by another program'): fit('quick', args, name='slurm')
+    Path('hpc_ckpt_1.ckpt').unlink()
+    before = signal.getsignal(signal.SIGUSR1)
+    seen = []
+    monkeypatch.setattr(RunRecorder, 'on_train_end', lambda *_: seen.append(signal.getsignal(signal.SIGUSR1)), raising=False)
+    assert read_record(fit('quick', args, name='slurm'))['status'] == 'finished'
+    assert seen == [before]  # nothing waits for the signal that says so
+
+
+@pytest.mark.skipif(bool(compile_problem(torch.device('cpu'))), reason='torch.compile needs a C++ compiler')
+def test_compiled_run_goes_on_and_is_tested(work, monkeypatch):
+    "As `best` is trained: compiled, with averaged weights, in bfloat16, validated by mirror images too."
+    monkeypatch.chdir(work)
+    args = [*AVERAGED, '--model.compile=true', '--trainer.precision=bf16-mixed', '--trainer.limit_train_batches=2', '--trainer.limit_test_batches=2']
+    folder = fit('quick', [*args, '--model.schedule=step', '--trainer.max_epochs=2'], name='compiled')
+    assert fit('quick', ['--trainer.max_epochs=3'], name='compiled', resume=True) == folder
+    assert read_record(folder)['status'] == 'finished' and len(figures(folder)) == 3
+    eager, content = load_classifier(folder/'checkpoints'/'best.ckpt'), read_checkpoint(folder/'checkpoints'/'best.ckpt')
+    assert not any('_orig_mod' in name for name in content['state_dict']) and not eager.hparams.compile
+    images = torch.randn(2, 3, 32, 32)
+    scores = eager(images)
+    eager.model.compile()
+    assert torch.allclose(eager(images), scores, atol=1e-4)
 
 
 def test_only_runs_with_the_step_schedule_are_stopped_early(tmp_path):
@@ -372,8 +416,8 @@ def test_names_are_those_of_the_images_that_a_run_saw(work, tmp_path, monkeypatc
     monkeypatch.setenv('FISHNET_DATA', str(tmp_path/'other'))
     best = folder/'checkpoints'/'best.ckpt'
     assert load_trained(best)[1] == load_trained(export_weights(folder, tmp_path/'named.safetensors'))[1] == tuple(names)
-    with pytest.raises(ValueError, match='best.ckpt knows the classes thing 0, thing 1'): run_test(folder)
-    assert len(run_test(folder, 'cifar10')[0].labels) == 40
+    with pytest.raises(ValueError, match='best.ckpt knows the classes thing 0, thing 1'): test_run(folder)
+    assert len(test_run(folder, 'cifar10')[0].labels) == 40
     trainer = Trainer(accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     with quiet_lightning(): found, = trainer.test(load_classifier(best), CIFARDataModule('cifar10', num_workers=0), str(best), verbose=False, weights_only=True)
     assert found['test_n'] == 40
@@ -382,7 +426,7 @@ def test_names_are_those_of_the_images_that_a_run_saw(work, tmp_path, monkeypatc
         torch.save(content | {'CIFARDataModule': content['CIFARDataModule'] | dict(classes=wrong)}, tmp_path/'wrong.ckpt')
         with pytest.raises(ValueError, match='wrong.ckpt is refused: what it names as classes is not a list of 10 names'): load_trained(tmp_path/'wrong.ckpt')
     torch.save(content | {'CIFARDataModule': 5}, tmp_path/'nameless.ckpt')
-    assert load_trained(tmp_path/'nameless.ckpt')[1] == CIFAR_CLASSES and len(run_test(tmp_path/'nameless.ckpt')[0].labels) == 40  # guessed, so not held against the data
+    assert load_trained(tmp_path/'nameless.ckpt')[1] == CIFAR_CLASSES and len(test_run(tmp_path/'nameless.ckpt')[0].labels) == 40  # guessed, so not held against the data
 
 
 class OwnImages(LightningDataModule):
@@ -408,7 +452,17 @@ def test_classifier_of_a_data_module_of_ones_own(tmp_path):
         assert [scores.shape for scores in trainer.predict(classifier, OwnImages())] == [(2, 2), (2, 2)]
         with pytest.raises(TypeError, match=r'a batch is a list, and must be a dict\(img'): another.fit(classifier, OwnImages(as_tuples=True))
     assert load_trained(tmp_path/'own.ckpt')[1] == ('class 0', 'class 1')
-    with pytest.raises(ValueError, match='own.ckpt was trained with a data module of its own: name its data by --data'): run_test(tmp_path/'own.ckpt')
+    endless = Trainer(accelerator='cpu', max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    with quiet_lightning(), pytest.raises(ValueError, match='the trainer needs max_epochs'): endless.fit(Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), schedule='onecycle'), OwnImages())
+    with pytest.raises(ValueError, match='own.ckpt was trained with a data module of its own: name its data by --data'): test_run(tmp_path/'own.ckpt')
+
+
+def test_trainer_predicts_the_test_images(work, monkeypatch):
+    monkeypatch.chdir(work)
+    classifier, module = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), num_classes=5), CIFARDataModule('shapes', batch_size=7, num_workers=0)
+    with quiet_lightning(): found = torch.cat(Trainer(accelerator='cpu', logger=False, enable_progress_bar=False, limit_predict_batches=2).predict(classifier, module))
+    batch = next(iter(CIFARDataModule('shapes', batch_size=14, num_workers=0).test_dataloader()))
+    with torch.no_grad(): assert torch.allclose(found, classifier.eval()(batch['img']), atol=1e-5)
 
 
 def test_figures_are_counted_in_float32(work, monkeypatch):
@@ -451,6 +505,10 @@ def test_own_recipe_goes_on_without_its_record(work, monkeypatch):
     assert fit('v1.2.yaml', ['--trainer.max_epochs=2'], resume=True) == folder
     assert read_record(folder)['recipe'] == 'v1.2' and len(read_metrics(folder/'metrics.csv')) == 2
     assert fit('v1.2', ['--trainer.max_epochs=3'], resume=True) == folder  # its record knows it
+    for name, told in ('metrics.csv', 'metrics.csv lacks 3 of the epochs'), ('checkpoints/best.ckpt', 'best.ckpt is not there'):
+        (folder/name).rename('aside')
+        with pytest.raises(FileNotFoundError, match=told): fit('v1.2', ['--trainer.max_epochs=4'], resume=True)
+        Path('aside').rename(folder/name)
 
 
 def test_runs_that_start_at_once_have_a_folder_each(tmp_path):
