@@ -148,7 +148,9 @@ def watch_stages(
     def note(name): return lambda stage, inputs, output: seen.append(StagePass(name, stage, inputs, output))
     hooks = [stage.register_forward_hook(note(name)) for name, stage in named_stages(model).items()]
     try:
-        with torch.no_grad(): model.eval().forward_features(next(model.parameters()).new_zeros(1, model.tail.in_channels, side, side))
+        passed = model.forward_features if isinstance(model, FishNet) else model.tail  # a ResNet is a tail alone
+        model.eval()
+        with torch.no_grad(): passed(next(model.parameters()).new_zeros(1, model.tail.in_channels, side, side))
     finally:
         for hook in hooks: hook.remove()
         for module, is_training in modes.items(): module.training = is_training

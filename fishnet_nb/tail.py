@@ -136,15 +136,19 @@ class ResNet(nn.Module):
         check_switches(final_norm=final_norm, features_only=features_only)
         self.tail = Tail(widths, tail, in_channels, preact, bridge=False, stem_stride=stem_stride)
         self.classifier = None if features_only else make_classifier(widths[-1], num_classes, final_norm=final_norm)
-        self.feature_channels = widths
+        self.feature_channels = (*widths[1:], widths[-1])
         self.feature_strides = self.tail.strides
         self.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        "The feature of each stage, finest to coarsest: [N, feature_channels[i], H/feature_strides[i], W/feature_strides[i]]."
-        *features, _, last = self.tail(x)
-        return [*features, last]
+        "What the blocks of each stage make, before it is pooled, finest to coarsest: [N, feature_channels[i], H/feature_strides[i], W/feature_strides[i]]."
+        self.tail.check_input(x)
+        features, x = [], self.tail.stem(x)
+        for stage in self.tail.stages.values():
+            for module in stage:
+                if isinstance(module, nn.MaxPool2d): features.append(x)
+                x = module(x)
+        return [*features, x]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        features = self.forward_features(x)
-        return features if self.classifier is None else self.classifier(features[-1])
+        return self.forward_features(x) if self.classifier is None else self.classifier(self.tail(x)[-1])
