@@ -3,7 +3,7 @@
 # make lab    JupyterLab on the review
 # make docs   the site, served on localhost
 # make prepare  export the library, clean the notebooks, write README.md and requirements.lock: before a commit
-# Each sets up .venv by itself. PYTHON names another interpreter, PORT another port: make run PYTHON=python3.12
+# Each sets up .venv by itself. PYTHON names another interpreter for a new .venv, PORT another port: make run PYTHON=python3.12
 
 PYTHON ?= python3
 PORT   ?= 4200

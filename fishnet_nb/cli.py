@@ -155,7 +155,7 @@ def _compare(
     "The errors beside the student implementation's."
     rows = [(f'{tested}, with mirror images' if how == 'mirrored' else tested, data, f'{len(found.labels):,}', f'{found.top1_error:.1%}', f'{found.top5_error:.1%}')
             for how, found in tests.items()]
-    table = _table([('', 'data', 'test images', 'top-1 error', 'top-5 error'), *rows, ('student implementation, published', 'CIFAR-10', '10,000', '27.0%', '1.7%')], left=2)
+    table = _table([('', 'data', 'test images', 'top-1 error', 'top-5 error'), *rows, ('student implementation, as handed down', 'CIFAR-10', '10,000', '27.0%', '1.7%')], left=2)
     return table + ('' if data.startswith('CIFAR-10 (') else f'\nThese are different datasets: errors on {data} and on CIFAR-10 can\'t be compared.')
 
 def _next(data: str) -> str:

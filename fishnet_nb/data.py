@@ -779,10 +779,10 @@ class CIFARDataModule(LightningDataModule):
         "A loader that gives this rank its share."
         sampler = EpochSampler(len(dataset), self.hparams.batch_size, training, self.hparams.seed)
         size = self.hparams.batch_size if training else _even_batch_size(len(dataset), self.hparams.batch_size, sampler.num_replicas)
-        if self.hparams.on_device: return DataLoader(dataset, size, sampler=sampler, collate_fn=lambda batch: batch)
+        if self.hparams.on_device: return DataLoader(dataset, batch_size=size, sampler=sampler, collate_fn=lambda batch: batch)
         workers = self.hparams.num_workers
         if workers is None: workers = _auto_workers(self.trainer.num_devices if self.trainer else 1)
-        return DataLoader(dataset, size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=self._device().type == 'cuda')
+        return DataLoader(dataset, batch_size=size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=self._device().type == 'cuda')
 
     def _dataset(self, images: np.ndarray, labels: np.ndarray, augment: str = 'none', cutout_px: int = 0) -> CIFARDataset | DeviceDataset:
         "The images one by one, or by the batch on the GPU that trains, else on the CPU."

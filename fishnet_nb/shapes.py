@@ -6,6 +6,7 @@
 __all__ = ['SHAPE_CLASSES', 'SHAPES_SHA256', 'Shapes', 'make_shapes', 'write_shapes']
 
 # %% ../nbs/01b_shapes.ipynb #6cdbcf61
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 import os
@@ -161,6 +162,7 @@ def _write_all(folder: Path, train: Shapes, test: Shapes) -> None:
 
 def _move(folder: Path, path: Path) -> None:
     "Gives the finished folder its name, unless another process has just done so."
+    with suppress(OSError): path.rmdir()  # Windows replaces no folder, not even an empty one
     try: os.replace(folder, path)
     except OSError:
         if not (path/'batches.meta').exists(): raise
