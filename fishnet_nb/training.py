@@ -733,9 +733,10 @@ def _resumable_folder(root: str | Path, name: str, recipe: str) -> Path:
     if not record: recipe_path(recipe)  # no record says whether it is the run's
     last, best = (folder/'checkpoints'/f'{name}.ckpt' for name in ('last', 'best'))
     if last.is_file():
-        missing = {*range(read_checkpoint(last).get('epoch', -1) + 1)} - {row['epoch'] for row in read_metrics(folder/'metrics.csv')}
-        if missing: raise FileNotFoundError(f'{folder/"metrics.csv"} lacks {len(missing)} of the epochs before {last}, so the best one can\'t be told: put the whole file back, or train again without --resume')
-        read_checkpoint(best)
+        otherwise, known = 'put it back, or train again without --resume', [row['epoch'] for row in read_metrics(folder/'metrics.csv')]
+        for path in last, best:
+            if not path.is_file(): raise FileNotFoundError(f'{path} is missing, so this run can\'t go on: {otherwise}')
+            if read_checkpoint(path).get('epoch') not in known or known != [*range(len(known))]: raise FileNotFoundError(f'{folder/"metrics.csv"} lacks some of the epochs up to {path}, so the best one can\'t be told: {otherwise}')
     elif record.get('status', 'running') not in UNFINISHED or len(read_metrics(folder/'metrics.csv')) > 1:  # killed in its first epoch, a run has none yet, and begins again
         raise FileNotFoundError(f'{last} is missing, so this run can\'t go on: records are kept without their checkpoints; train it again without --resume{_what_can_go_on(root, recipe)}')
     return folder

@@ -178,7 +178,7 @@ def test_weights_in_the_package_that_were_damaged_are_refused(tmp_path, monkeypa
     (ValueError, lambda: plan_channels((64, 128, 256, 512), k=3)), (ValueError, lambda: create_model('fishnet98')), (TypeError, lambda: create_model('resnet50', k=2)),
     (ValueError, lambda: create_model('fishnet99', pretrained=True)), (ValueError, lambda: create_model('fishnet73', features_only=True, final_norm='yes')),
     (ValueError, lambda: thin()(torch.zeros(1, 3, 30, 32))), (TypeError, lambda: thin()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))), (ValueError, lambda: reduce_channels(torch.zeros(1, 6, 1, 1), 4)),
-    (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2))), (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=(0,))), (ValueError, lambda: evaluate(thin(), [])), (TypeError, lambda: evaluate(thin(), [(torch.zeros(2, 3, 32, 32), torch.zeros(2))])),
+    (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2))), (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=(0,))), (ValueError, lambda: evaluate(thin(), [])), (TypeError, lambda: evaluate(thin(), [dict(img=torch.zeros(2, 3, 32, 32))])),
     (ValueError, lambda: Classifier('fishnet73')(torch.zeros(3, 32, 32))), (TypeError, lambda: Classifier('fishnet73')(np.zeros((1, 3, 32, 32), np.float32))),
     (ValueError, lambda: make_shapes(0)), (ValueError, lambda: check_images(make_shapes(2), n=0)), (ValueError, lambda: check_images(np.zeros((0, 3, 32, 32), np.uint8))), (FileNotFoundError, lambda: load_weights('none.safetensors')), (FileNotFoundError, lambda: recipe_path('none.yaml'))])
 def test_errors_are_of_the_type_that_is_documented(error, call):

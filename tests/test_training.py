@@ -334,9 +334,9 @@ def test_nothing_of_slurm_is_taken_for_the_run(work, monkeypatch):
     assert seen == [before]  # nothing waits for the signal that says so
 
 
-@pytest.mark.skipif(bool(compile_problem(torch.device('cpu'))), reason='torch.compile needs a C++ compiler')
 def test_compiled_run_goes_on_and_is_tested(work, monkeypatch):
     "As `best` is trained: compiled, with averaged weights, in bfloat16, validated by mirror images too."
+    if problem := compile_problem(torch.device('cpu')): pytest.skip(problem)
     monkeypatch.chdir(work)
     args = [*AVERAGED, '--model.compile=true', '--trainer.precision=bf16-mixed', '--trainer.limit_train_batches=2', '--trainer.limit_test_batches=2']
     folder = fit('quick', [*args, '--model.schedule=step', '--trainer.max_epochs=2'], name='compiled')
@@ -506,7 +506,7 @@ def test_own_recipe_goes_on_without_its_record(work, monkeypatch):
     assert fit('v1.2.yaml', ['--trainer.max_epochs=2'], resume=True) == folder
     assert read_record(folder)['recipe'] == 'v1.2' and len(read_metrics(folder/'metrics.csv')) == 2
     assert fit('v1.2', ['--trainer.max_epochs=3'], resume=True) == folder  # its record knows it
-    for name, told in ('metrics.csv', 'metrics.csv lacks 3 of the epochs'), ('checkpoints/best.ckpt', 'best.ckpt is not there'):
+    for name, told in ('metrics.csv', 'metrics.csv lacks some of the epochs up to .*train again without --resume'), ('checkpoints/best.ckpt', 'best.ckpt is missing.*train again without --resume'):
         (folder/name).rename('aside')
         with pytest.raises(FileNotFoundError, match=told): fit('v1.2', ['--trainer.max_epochs=4'], resume=True)
         Path('aside').rename(folder/name)
