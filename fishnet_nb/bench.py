@@ -179,7 +179,7 @@ def bench(
     batch_sizes = list(dict.fromkeys(batch_sizes))
     sizes = [_size(arch, args) for args in models]
     record = dict(arch=arch, arch_args=arch_args or {}, sizes=sizes, device=device_name(device), peak_dtype=str(dtype).removeprefix('torch.'),
-                  peak_flops=round(matrix_peak(device, dtype)), input=input_rates(min(512, max(batch_sizes)), device), commit=code_commit(), versions=package_versions(),
+                  peak_flops=round(matrix_peak(device, dtype)), input=input_rates(min(512, max(batch_sizes)), device), rounds=rounds, commit=code_commit(), versions=package_versions(),
                   date=datetime.now(timezone.utc).strftime('%Y-%m-%d'), rows=[])
     if settings is None:
         settings = device_settings(device)
@@ -289,6 +289,7 @@ def bench_command(
     whole = sum(_widths(record['arch'], record['arch_args']))
     asked = sizes | {'--width-factor': [f'{sum(size["widths"])/whole:.4g}' for size in record['sizes']], '--batch-size': dict.fromkeys(row['batch_size'] for row in record['rows'])}
     if asked['--width-factor'] == ['1']: del asked['--width-factor']
+    if record.get('rounds', 5) != 5: asked['--rounds'] = [record['rounds']]  # the first records had five, and don't say so
     return ' '.join(['fishnet-nb bench', record['arch'], *(f'{option} {" ".join(map(str, values))}' for option, values in asked.items())])
 
 def bench_report(

@@ -352,15 +352,16 @@ def _repeatable(
 ) -> tuple[str, str, dict]:
     "Name and recipe of a record, and the recipe with the run's hyperparameters. ValueError for a run without a result, for foreign code, or for what is no record."
     import inspect
-    from importlib.metadata import version
     from pytorch_lightning import Trainer
-    from fishnet_nb.training import NOT_FINITE
+    from fishnet_nb.data import CIFARDataModule
+    from fishnet_nb.training import NOT_FINITE, Classifier
     try:
         if record['status'] not in ('finished', NOT_FINITE): raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
         config, _ = _hyperparameters(record, given), (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
         if record['status'] == 'finished' and not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
-        if unknown := {*map(str, config['trainer'])} - {*inspect.signature(Trainer).parameters}:
-            raise ValueError(f'{given} is refused: Lightning\'s trainer, of version {version("pytorch-lightning")} here, has no {", ".join(sorted(unknown))}; the run had {(record["versions"] or {}).get("pytorch-lightning")}')
+        for part, made in dict(model=Classifier, data=CIFARDataModule, trainer=Trainer).items():
+            if unknown := {*map(str, config[part])} - {*inspect.signature(made).parameters}:
+                raise ValueError(f'{given} is refused: {part} has no {", ".join(sorted(unknown))} here; the run was made at commit {record["commit"]}, with Lightning {record["versions"].get("pytorch-lightning")}')
         foreign = []
         for key in 'accelerator', 'callbacks', 'logger', 'plugins', 'profiler', 'strategy': foreign += _foreign(config['trainer'].get(key))
         if foreign: raise ValueError(f'{given} is refused: it names {", ".join(foreign)}, by which code could be imported; if you trust it, train by a recipe of your own that names it')
@@ -375,10 +376,12 @@ def _hyperparameters(
     try:
         hparams = record['hparams']
         augment = {True: 'student', False: 'none'}.get(hparams['data']['augment'], hparams['data']['augment'])  # the first records only say whether
+        devices = hparams['trainer'].get('devices')
+        if devices == 'auto': devices = described[1] if (described := re.match(r'(\d+) × ', str(record.get('device')))) else '1'  # as many as there were, not as there are here
         return {'seed_everything': hparams['seed_everything'],
                 'model': {key: value for key, value in hparams['model'].items() if key != 'num_classes'},  # follows from the data
                 'data': {key: value for key, value in hparams['data'].items() if key != 'seed'} | {'augment': augment},  # follows from the seed of all
-                'trainer': {key: value for key, value in hparams['trainer'].items() if value is not None and (key, value) != ('enable_progress_bar', True)}}  # a terminal's
+                'trainer': {key: value for key, value in (hparams['trainer'] | {'devices': devices}).items() if value is not None and (key, value) != ('enable_progress_bar', True)}}  # a terminal's
     except (KeyError, TypeError, AttributeError) as error: raise _not_whole(given, error) from None
 
 def _not_whole(given: str | Path, error: Exception) -> ValueError:

@@ -619,7 +619,7 @@ def quiet_lightning() -> Iterable[None]:
     with warnings.catch_warnings():
         for message in ('.*does not have many workers.*', '.*tensorboardX.*', '.*exists and is not empty.*', '.*`isinstance.treespec, LeafSpec.`.*',
                         '.*lr_scheduler.step.*', '.*args parameter is intended.*', '.*across ranks.*is zero.*', '.*sync_dist=True.*',
-                        '.*callbacks used to create the checkpoint.*EarlyStopping.*'):
+                        '.*callbacks used to create the checkpoint.*EarlyStopping.*', '.*GPU available but not used.*'):
             warnings.filterwarnings('ignore', message)
         for logger in loggers: logger.setLevel(logging.WARNING)
         try: yield

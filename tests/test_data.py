@@ -321,6 +321,7 @@ def served(folder, tmp_path, monkeypatch):
     with tarfile.open(file, 'w:gz') as tar: tar.add(folder, CIFAR_FOLDER)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.setattr(data, 'CIFAR_URL', f'http://127.0.0.1:{server.server_port}/{file.name}')
     monkeypatch.setattr(data, 'CIFAR_MD5', hashlib.md5(file.read_bytes()).hexdigest())
     yield file
@@ -521,7 +522,7 @@ def test_without_a_seed_no_worker_and_no_epoch_repeats_another():
     dataset = CIFARDataset(np.repeat(shapes.images, 8, 0), np.repeat(shapes.labels, 8), train_transform())  # one image, eight times
     loader = torch.utils.data.DataLoader(dataset, 4, num_workers=2)
     drawn = torch.cat([batch['img'] for _ in range(2) for batch in loader])
-    assert len({image.numpy().tobytes() for image in drawn}) == 16
+    assert len({image.numpy().tobytes() for image in drawn}) > 12  # two may agree by chance; a worker or an epoch that repeats another leaves eight
     alike = []
     for _ in range(2):
         torch.manual_seed(5)

@@ -222,11 +222,13 @@ def test_previous_and_next_lead_through_all_pages(page, address):
     page.goto(address + 'index.html')
     seen = ['index.html']
     while page.locator('.nav-page-next a').count():
+        wait_until_set(page)  # or what it still fetches is cut off
         with page.expect_navigation(): page.locator('.nav-page-next a').click()
         seen.append(Path(urlsplit(page.url).path).name)
     assert sorted(seen) == sorted(PAGES) and seen[1] == '00_review.html'
     back = [seen[-1]]
     while page.locator('.nav-page-previous a').count():
+        wait_until_set(page)
         with page.expect_navigation(): page.locator('.nav-page-previous a').click()
         back.append(Path(urlsplit(page.url).path).name)
     assert back == seen[::-1]
