@@ -154,11 +154,14 @@ def test_page_of_results_has_the_first_epochs_in_full_width():
         assert f'| {full["epoch"] + 1} | {full["train_loss"]:.2f} | {thin["train_loss"]:.2f} | {full["val_top1_error"]:.1%} | {thin["val_top1_error"]:.1%} |' in text
 
 
-def test_page_of_results_has_the_short_run_of_best():
+def test_page_of_results_has_the_runs_of_best():
     from fishnet_nb.training import read_metrics, read_record
     text, folder = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8'), ROOT/'results/trials/best-four-epochs'
     for row in read_metrics(folder/'metrics.csv'): assert f'| {row["epoch"] + 1} | {row["train_loss"]:.2f} | {row["val_top1_error"]:.1%} |' in text
     assert f'{read_record(folder)["test"]["top1_error"]:.1%} are wrong' in text
+    record, rows = read_record(ROOT/'results/trials/best-stem-stride-2'), read_metrics(ROOT/'results/trials/best-stem-stride-2/metrics.csv')
+    row = next(line for line in text.splitlines() if line.strip().startswith('"| best-stem-stride-2 |'))
+    assert f'| {1 - rows[-1]["train_f1"]:.1%} | {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["test"]["top5_error"]:.1%} |' in row
 
 
 def test_page_of_results_has_each_short_run():
