@@ -21,7 +21,7 @@ setup(
     license='Apache-2.0',
     keywords=cfg['keywords'],
     packages=find_packages(include=['fishnet_nb', 'fishnet_nb.*']),
-    package_data={'fishnet_nb': ['recipes/*.yaml', 'weights/*']},
+    package_data={'fishnet_nb': ['py.typed', 'recipes/*.yaml', 'weights/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},

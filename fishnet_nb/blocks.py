@@ -179,8 +179,8 @@ class DownRefine(nn.Module):
 def init_weights(
     module: nn.Module,  # any module; `model.apply(init_weights)` reaches all of its layers
 ) -> None:
-    "Kaiming normal for a convolution, Kaiming uniform for a linear layer, 1 and 0 for a batch norm, in place."
+    "Kaiming normal for a convolution, Kaiming uniform for a linear layer, 1 and 0 for a batch norm, whose statistics start anew, in place."
     if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear): nn.init.kaiming_uniform_(module.weight)
-    elif isinstance(module, nn.BatchNorm2d): nn.init.ones_(module.weight)
+    elif isinstance(module, nn.BatchNorm2d): module.reset_parameters()
     if getattr(module, 'bias', None) is not None: nn.init.zeros_(module.bias)

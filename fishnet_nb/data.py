@@ -18,6 +18,7 @@ os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'  # or importing albumentations asks
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain, count
+from numbers import Real
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 import hashlib
@@ -43,7 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .blocks import check_switches
+from .blocks import check_switches, is_whole
 from .shapes import SHAPE_CLASSES, SHAPES_SHA256, Shapes, write_shapes
 
 # %% ../nbs/01_data.ipynb #83c4e470
@@ -162,7 +163,8 @@ class _Reader:
 
     def find(self, module: str, name: str) -> None:
         asked = f'{_text(module)}.{_text(name)}'
-        if asked not in _ADMITTED: raise _Refused(f'it asks for {asked[:80]!r}, and only numpy\'s array reconstruction is admitted')
+        hint = ' (numbers of numpy in a list? write them as an array, or by `.tolist()`)' if asked.endswith('.multiarray.scalar') else ''
+        if asked not in _ADMITTED: raise _Refused(f'it asks for {asked[:80]!r}{hint}, and only numpy\'s array reconstruction is admitted')
         self.push(_Global(asked))
 
     def reduce(self) -> None:
@@ -360,6 +362,7 @@ def data_folder(
     data: str | Path = 'cifar10',  # 'cifar10', 'shapes', or a folder in CIFAR-10's layout
 ) -> Path:
     "The folder of the dataset of that name, or the folder itself. Raises as `find_data`."
+    if not str(data): raise ValueError("the name of the data is empty: give 'cifar10', 'shapes', or a folder in CIFAR-10's layout")
     if data == 'shapes': return data_root()/'shapes'
     if data == 'cifar10': return find_data()
     if not Path(data).expanduser().exists(): raise FileNotFoundError(f"{data} is not there: give 'cifar10', 'shapes', or a folder in CIFAR-10's layout")
@@ -422,7 +425,7 @@ def check_images(
     n: int = 64,  # images to show
 ) -> Figure:
     "The first `n` training images in rows of eight, each above the name of its class, if it has one. Raises as `load_data`, or ValueError for other images."
-    if n < 1: raise ValueError(f'{n} images to show; give at least 1')
+    if not is_whole(n): raise ValueError(f'{n!r} images to show; give a whole number from 1 up')
     images, labels, classes = _named(path_or_images)
     if not len(images): raise ValueError('there are no images to show')
     gap = 14  # px, room for a name
@@ -448,8 +451,8 @@ AUGMENTATIONS = 'none', 'student', 'standard'
 
 def _check_augment(augment: str, cutout_px: int) -> None:
     "Raises ValueError for an augmentation or a side that isn't there."
-    if augment not in AUGMENTATIONS or cutout_px < 0:
-        raise ValueError(f'{augment=}, {cutout_px=}: allowed are an augment of {", ".join(map(repr, AUGMENTATIONS))}, and a cutout_px from 0')
+    if augment not in AUGMENTATIONS or not is_whole(cutout_px, 0):
+        raise ValueError(f'{augment=}, {cutout_px=}: allowed are an augment of {", ".join(map(repr, AUGMENTATIONS))}, and a whole number from 0 as cutout_px')
 
 class _Cutout(A.ImageOnlyTransform):
     "Sets a square to 0. Each pixel is its centre with the same probability, so it may stick out of the image (DeVries & Taylor 2017)."
@@ -472,6 +475,7 @@ def train_transform(
 ) -> A.Compose:  # image=uint8[H, W, 3] -> dict(image=float32[3, size, size])
     "An augmentation of one image, and normalisation. Raises ValueError."
     _check_augment(augment, cutout_px)
+    if not is_whole(size): raise ValueError(f'{size=}: a whole number of pixels is expected, from 1 up')
     flip = A.HorizontalFlip(p=.5)
     steps = {'none': [],
              'student': [A.RandomResizedCrop((size, size), scale=(.5, 1), ratio=(1, 1)), flip, A.FancyPCA(alpha=.1, p=.5)],
@@ -486,10 +490,13 @@ def test_transform() -> A.Compose:  # image=uint8[H, W, 3] -> dict(image=float32
 test_transform.__test__ = False  # its name begins as those that pytest collects
 
 # %% ../nbs/01_data.ipynb #4e444f47
-def _check_pairs(images: np.ndarray, labels: np.ndarray) -> None:
-    "ValueError unless the images are uint8[N, 3, H, W], and there is a label for each."
+def _checked_labels(images: np.ndarray, labels: np.ndarray) -> np.ndarray:  # int64[N]
+    "The labels. ValueError unless the images are uint8[N, 3, H, W], and there is a whole number for each."
     _checked(images)
+    labels = np.asarray(labels)
     if len(images) != len(labels): raise ValueError(f'{len(images)} images and {len(labels)} labels; each image needs one label')
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer): raise ValueError(f'labels are {labels.dtype}{list(labels.shape)}: whole numbers are expected, int64[N]')
+    return labels.astype(np.int64, copy=False)
 
 class CIFARDataset(Dataset):
     "Images and labels as `dict(img=float32[3, H, W], label=int64)`."
@@ -500,7 +507,8 @@ class CIFARDataset(Dataset):
         transform: A.Compose | None = None,  # None: `test_transform()`
         seed: int | None = None,  # given, an image's draw depends on (seed, epoch, index) alone, with an `EpochSampler` for the epoch; None: PyTorch's generator decides
     ):
-        _check_pairs(images, labels)
+        labels = _checked_labels(images, labels)
+        if not isinstance(transform, A.BaseCompose | None): raise TypeError(f'transform is a {type(transform).__module__}.{type(transform).__name__}: what albumentations composes is expected, such as `train_transform()`')
         self.images, self.labels, self.seed = images, labels, seed
         self.transform = transform or test_transform()
 
@@ -541,7 +549,7 @@ def stratified_split(
 # %% ../nbs/01_data.ipynb #b2ebf17c
 class EpochSampler(DistributedSampler):
     """Yields this rank's `(epoch, index)`. In training the order depends on (seed, epoch) alone, and all ranks get the same number;
-    otherwise the order is kept, and each image goes to exactly one rank."""
+    otherwise the order is kept, and each image goes to exactly one rank. `set_epoch` says which epoch it is; until it does, each is the first one."""
     def __init__(
         self,
         n: int,  # images
@@ -549,20 +557,24 @@ class EpochSampler(DistributedSampler):
         training: bool,  # shuffle, and give all ranks the same number
         seed: int = 0,  # of the order
     ):
-        ready = dist.is_available() and dist.is_initialized()
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if ready else (1, 0)
-        super().__init__(range(n), num_replicas=ranks, rank=rank, shuffle=training, seed=seed)
+        super().__init__(range(n), num_replicas=1, rank=0, shuffle=training, seed=seed)
         self.n, self.batch_size = n, batch_size
+        self._find_rank()
+
+    def _find_rank(self) -> None:
+        "The processes may have been joined after the sampler was made."
+        if dist.is_available() and dist.is_initialized(): self.num_replicas, self.rank = dist.get_world_size(), dist.get_rank()
 
     def __len__(self) -> int:
+        self._find_rank()
         if not self.shuffle: return len(range(self.rank, self.n, self.num_replicas))
         share = self.n // self.num_replicas
         return share - 1 if share > 1 and self.batch_size > 1 and share % self.batch_size == 1 else share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = _shuffled(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
-        epoch = self.epoch  # not that of the moment when an image is asked for
-        return ((epoch, int(i)) for i in order[self.rank::self.num_replicas][:len(self)])
+        epoch, n = self.epoch, len(self)  # the epoch not of the moment when an image is asked for
+        return ((epoch, int(i)) for i in order[self.rank::self.num_replicas][:n])
 
 # %% ../nbs/01_data.ipynb #da10a060
 def _even_batch_size(n: int, batch_size: int, ranks: int) -> int:
@@ -668,7 +680,7 @@ def augment_batch(
 
 # %% ../nbs/01_data.ipynb #565096c8
 class DeviceDataset(Dataset):
-    "Images and labels on a device, by the batch: `dict(img=float32[B, 3, S, S], label=int64[B])`."
+    "Images and labels on a device, by the batch: `dict(img=float32[B, 3, S, S], label=int64[B])`, for a DataLoader with `collate_fn=lambda batch: batch`."
     def __init__(
         self,
         images: np.ndarray,  # uint8[N, 3, S, S]
@@ -678,7 +690,7 @@ class DeviceDataset(Dataset):
         seed: int = 0,  # an image's draws depend on (seed, epoch, index)
         device: str | torch.device = 'cpu',  # where the images lie
     ):
-        _check_pairs(images, labels)
+        labels = _checked_labels(images, labels)
         if images.shape[2] != images.shape[3]: raise ValueError(f'the images are {images.shape[2]}×{images.shape[3]} px, and must be square')
         self.images, self.labels = (torch.from_numpy(np.asarray(part)).to(device) for part in (images, labels))
         self.augment, self.cutout_px, self.seed, self.drawn = augment, cutout_px, seed, {}
@@ -721,7 +733,7 @@ class CIFARDataModule(LightningDataModule):
     ):
         super().__init__()
         data = str(data)
-        if batch_size < 1 or not 0 <= val_fraction < 1 or seed < 0 or (num_workers or 0) < 0:
+        if not (is_whole(batch_size) and isinstance(val_fraction, Real) and 0 <= val_fraction < 1 and is_whole(seed, 0) and (num_workers is None or is_whole(num_workers, 0))):
             raise ValueError(f'{batch_size=}, {val_fraction=}, {seed=}, {num_workers=}; allowed are a batch_size from 1, '
                              'a val_fraction from 0 to below 1, a seed from 0, and num_workers from 0 or None')
         check_switches(on_device=on_device)
@@ -800,7 +812,7 @@ class CIFARDataModule(LightningDataModule):
         return self._dataset(self.cifar.train_images[rows], self.cifar.train_labels[rows], **how)
 
     def train_dataloader(self) -> DataLoader:
-        "Shuffled; order and augmentation depend on (seed, epoch)."
+        "Shuffled; order and augmentation depend on (seed, epoch). Without a trainer, call `loader.sampler.set_epoch(epoch)` before each epoch."
         dataset = self._part(self.split[0], augment=self.hparams.augment, cutout_px=self.hparams.cutout_px)
         loader = self._loader(dataset, training=True)
         if self.trainer is not None:  # a resumed run begins to load before Lightning tells the sampler, or knows, the epoch

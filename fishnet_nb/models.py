@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
@@ -137,7 +137,7 @@ class StagePass(NamedTuple):
     name: str  # stem, t1 …, bn …, h1 …
     stage: nn.Module
     inputs: tuple[Tensor, ...]  # x, and in body and head the feature from the other side
-    output: Tensor | tuple[Tensor, Tensor]  # what is handed on; in body and head after the feature that is kept
+    output: Tensor | tuple[Tensor, Tensor]  # what is handed on; in body and head, and in a ResNet's tail, after the feature that is kept
 
 def watch_stages(
     model: nn.Module,  # a FishNet or ResNet of this library; it stays as it is
@@ -148,9 +148,8 @@ def watch_stages(
     def note(name): return lambda stage, inputs, output: seen.append(StagePass(name, stage, inputs, output))
     hooks = [stage.register_forward_hook(note(name)) for name, stage in named_stages(model).items()]
     try:
-        passed = model.forward_features if isinstance(model, FishNet) else model.tail  # a ResNet is a tail alone
         model.eval()
-        with torch.no_grad(): passed(next(model.parameters()).new_zeros(1, model.tail.in_channels, side, side))
+        with torch.no_grad(): model.forward_features(next(model.parameters()).new_zeros(1, model.tail.in_channels, side, side))
     finally:
         for hook in hooks: hook.remove()
         for module, is_training in modes.items(): module.training = is_training
@@ -189,6 +188,7 @@ def count_complexity(
 ) -> Complexity:
     "Operations for one input of `input_size`, by ptflops, and parameters. Raises as the model does for an input that it doesn't take."
     from ptflops import get_model_complexity_info
+    if not isinstance(input_size, Sequence) or len(input_size) != 3 or not all(map(is_whole, input_size)): raise ValueError(f'{input_size=}: channels, height and width are expected, such as (3, 32, 32)')
     copy = deepcopy(model).float().cpu().eval()
     with torch.no_grad(): copy(torch.zeros(1, *input_size, dtype=torch.float32, device='cpu'))  # whatever the defaults are; ptflops would print its error, and go on
     macs, _ = get_model_complexity_info(copy, tuple(input_size), as_strings=False, print_per_layer_stat=False,
@@ -222,6 +222,8 @@ def save_weights(
     is_backbone = isinstance(arch_args, dict) and arch_args.get('features_only')
     needed = 'arch', 'arch_args', 'in_channels', *([] if is_backbone else ['num_classes'])
     if missing := [key for key in needed if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
+    if not is_backbone and isinstance(about.get('classes'), Sized) and len(about['classes']) != about['num_classes']:
+        raise ValueError(f'{path} is not written: about names {len(about["classes"])} classes, and num_classes is {about["num_classes"]}; name as many, or leave classes out')
     while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner  # wrapped by torch.compile, or by DistributedDataParallel
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     weights = model.state_dict()

@@ -16,6 +16,8 @@ import tempfile
 
 import numpy as np
 
+from .blocks import is_whole
+
 # %% ../nbs/01b_shapes.ipynb #052a55b9
 SHAPE_CLASSES = ('circle', 'ring', 'square', 'triangle', 'cross', 'star', 'crescent', 'heart', 'bar', 'fish')
 
@@ -138,8 +140,8 @@ def make_shapes(
     n: int,  # images
     seed: int = 0,  # another seed, other images
 ) -> Shapes:
-    "`n` synthetic images in random order, of each class the same number give or take one. Raises ValueError for fewer than one."
-    if n < 1 or seed < 0: raise ValueError(f'{n} images from seed {seed}; there must be at least one, and the seed must be at least 0')
+    "`n` synthetic images in random order, of each class the same number give or take one. Raises ValueError for fewer than one, or no whole number."
+    if not (is_whole(n) and is_whole(seed, 0)): raise ValueError(f'{n!r} images from seed {seed!r}; there must be at least one, and the seed must be a whole number from 0 up')
     bits = np.random.PCG64(seed)
     labels = (np.argsort(bits.random_raw(n), kind='stable') % len(SHAPE_CLASSES)).astype(np.int64)
     parts = [_render(bits, labels[start:start + 500]) for start in range(0, n, 500)]
@@ -178,7 +180,8 @@ def write_shapes(
 ) -> Path:  # the folder
     "Writes shapes in CIFAR-10's layout, and `annotations.npz`. Raises ValueError for too few images, FileExistsError where something is."
     path = Path(path)
-    if n_train < 5 or n_test < 1: raise ValueError(f'{n_train} training and {n_test} test images; there must be at least 5 and 1')
+    if not (is_whole(n_train, 5) and is_whole(n_test) and is_whole(seed, 0)):
+        raise ValueError(f'{n_train!r} training and {n_test!r} test images from seed {seed!r}; there must be at least 5 and 1, and the seed must be a whole number from 0 up')
     if path.exists() and (path.is_file() or any(path.iterdir())): raise FileExistsError(f'{path} is there already; remove it, or give a new folder')
     train, test = make_shapes(n_train, 2*seed), make_shapes(n_test, 2*seed + 1)
     path.parent.mkdir(parents=True, exist_ok=True)

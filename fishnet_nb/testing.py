@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .blocks import is_whole
 from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, are_class_names, find_data, read_classes
 from .models import load_weights, pretrained_path, read_about, save_weights
 from .shapes import SHAPE_CLASSES
@@ -34,12 +35,12 @@ def top_k_errors(
     ks: Sequence[int] = (1, 5),  # how many classes count; from C up, nothing can be wrong
 ) -> tuple[float, ...]:  # an error for each k, from 0 to 1
     "Top-k errors: the share of images whose right class is not among the k highest scores. ValueError for shapes or labels that don't fit."
-    logits, labels, ks = torch.as_tensor(logits), torch.as_tensor(labels), tuple(ks)
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f'logits {list(logits.shape)} and labels {list(labels.shape)}: needed are [N, C] and [N] with N from 1')
     if labels.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) or labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f'labels are {labels.dtype} from {labels.min()} to {labels.max()}: needed are whole numbers from 0 to {logits.shape[1] - 1}')
-    if not ks or min(ks) < 1: raise ValueError(f'ks={ks}: each k is a whole number from 1 up')
+    if not isinstance(ks, Sequence) or not ks or not all(map(is_whole, ks)): raise ValueError(f'ks={ks}: a sequence of whole numbers from 1 up is expected')
     right = logits.gather(1, labels[:, None].long())
     ahead = ((logits >= right) | logits.isnan() | right.isnan()).sum(1) - 1  # how many other classes are ranked before the right one
     return tuple((ahead >= k).double().mean().item() if k < logits.shape[1] else 0. for k in ks)
@@ -52,7 +53,7 @@ class Evaluation(NamedTuple):
     top1_error: float  # from 0 to 1
     top5_error: float  # from 0 to 1
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     classifier: torch.nn.Module,  # [n, C, H, W] -> [n, classes]; it is put in eval mode
     loader: Iterable[dict],  # batches dict(img, label), such as a DataLoader gives
@@ -97,9 +98,10 @@ def test_run(
     "A run's best checkpoint on the test images. FileNotFoundError, or ValueError for a checkpoint or data that don't fit."
     path = pretrained_path('fishnet73') if run is None else find_checkpoint(run, root)
     classifier, classes = load_trained(path)
-    module = CIFARDataModule(data or trained_on(path), val_fraction=0, num_workers=0)
+    module = CIFARDataModule(trained_on(path) if data is None else data, val_fraction=0, num_workers=0)
     if module.num_classes != len(classes): raise ValueError(f'{path} tells {len(classes)} classes apart, and the data has {module.num_classes}: {"name its data by" if data is None else "give other data to"} --data')
-    if data is None and _names_classes(path) and module.classes != classes: raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: name its data by --data')
+    if _names_classes(path) and (module.classes != classes if data is None else not {*module.classes} & {*classes}):
+        raise ValueError(f'{path} knows the classes {", ".join(classes)}, and the data has {", ".join(module.classes)}: {"name its data by" if data is None else "give data of its classes to"} --data')
     return evaluate(classifier.to(best_device()), module.test_dataloader()), module
 
 test_run.__test__ = False  # its name begins as those that pytest collects

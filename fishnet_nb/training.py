@@ -35,6 +35,7 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.resources import files
 from itertools import chain, count
+from numbers import Real
 from pathlib import Path
 
 try: import fcntl
@@ -106,6 +107,8 @@ class Classifier(LightningModule):
         super().__init__()
         for name, given, allowed in [('optimizer', optimizer, ('adam', 'sgd')), ('schedule', schedule, ('step', 'onecycle'))]:
             if given not in allowed: raise ValueError(f'{name}={given!r}: allowed are {", ".join(map(repr, allowed))}')
+        for name, given in ('lr', lr), ('weight_decay', weight_decay):
+            if not (isinstance(given, Real) and 0 <= given < math.inf): raise ValueError(f'{name}={given!r}: a number from 0 up is expected')
         if not 0 <= label_smoothing <= 1: raise ValueError(f'label_smoothing={label_smoothing}: allowed is 0 to 1')
         check_switches(mirror=mirror, compile=compile, pretrained=pretrained)
         if not is_whole(num_classes): raise ValueError(f'num_classes={num_classes!r}: a whole number from 1 is expected, of classes to tell apart')
@@ -144,23 +147,23 @@ class Classifier(LightningModule):
         scores, labels = self._answer(batch)
         loss = F.cross_entropy(scores, labels, label_smoothing=self.hparams.label_smoothing)
         self._update('train', scores, labels, loss)
-        return loss*self._weight(len(labels), batch_idx)
+        return loss*self._weight(batch_idx)
 
-    def _weight(self, n: int, batch_idx: int) -> float:
-        """What the mean loss of a batch of n counts for where gradients are accumulated, so that each image of a step counts alike: Lightning gives
+    def _weight(self, batch_idx: int) -> float:
+        """What the mean loss of a batch counts for where gradients are accumulated, so that each image of a step counts alike: Lightning gives
         all batches of a step the same share, also where the last step of an epoch has fewer batches, or a smaller one."""
         if self._trainer is None or self.trainer.accumulate_grad_batches == 1: return 1
         loader, n_batches = self.trainer.train_dataloader, self.trainer.accumulate_grad_batches
         if not (getattr(loader, 'batch_size', None) and isinstance(loader.sampler, Sized)): return 1  # another loader, whose batches aren't known beforehand
-        first = batch_idx//n_batches*n_batches*loader.batch_size
-        end = min(first + n_batches*loader.batch_size, self.trainer.num_training_batches*loader.batch_size, len(loader.sampler))
-        return n*n_batches/(end - first)
+        def images(start: int, end: int) -> int: return min(end*loader.batch_size, len(loader.sampler)) - start*loader.batch_size  # of these batches
+        first = batch_idx//n_batches*n_batches
+        return n_batches*images(batch_idx, batch_idx + 1)/images(first, min(first + n_batches, self.trainer.num_training_batches))
 
     def validation_step(self, batch: dict, batch_idx: int) -> None: self._evaluate('val', batch)
 
     def test_step(self, batch: dict, batch_idx: int) -> None: self._evaluate('test', batch)
 
-    def predict_step(self, batch: dict, batch_idx: int) -> Tensor: return self(*batch_parts(batch, 'img'))
+    def predict_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> Tensor: return self(*batch_parts(batch, 'img'))
 
     def on_train_epoch_end(self) -> None: self._log('train')
 
@@ -204,7 +207,7 @@ class Classifier(LightningModule):
         else: optimizer = torch.optim.SGD(self.parameters(), h.lr, momentum=.9, nesterov=True, weight_decay=h.weight_decay)
         if h.schedule == 'step': return dict(optimizer=optimizer, lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 30, .1))
         n = self.trainer.estimated_stepping_batches
-        if n == math.inf: raise ValueError('schedule=\'onecycle\' ends with the training, so the trainer needs max_epochs or max_steps')
+        if not 0 < n < math.inf: raise ValueError('schedule=\'onecycle\' ends with the training, so the trainer needs max_epochs, or max_steps where a loader doesn\'t know its length')
         n = int(n)
         if self.planned_steps not in (n, math.inf): raise ValueError(f'the one-cycle schedule of this run ends after {self.planned_steps} steps, and now there would be {n}: resume it with the epochs and processes that it began with, or start a new run')
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, h.lr, n)
@@ -548,7 +551,9 @@ def read_checkpoint(
     if zipfile.is_zipfile(path) and any(part.compress_type != zipfile.ZIP_STORED for part in _zip_parts(path)):  # which may grow without bounds
         raise ValueError(f'{path} is refused: it is compressed, and PyTorch writes no such checkpoints')
     try: content = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError: raise ValueError(f'{path} is refused: it is no checkpoint, or holds more than tensors and plain values') from None
+    except pickle.UnpicklingError as error:
+        asked = re.search(r'GLOBAL (\S+)', str(error))
+        raise ValueError(f'{path} is refused: it is no checkpoint, or holds more than tensors and plain values{f", such as {asked[1][:80]}" if asked else ""}; the hyperparameters of a data module have to be plain, too') from None
     except Exception as error:  # the unpickler raises all sorts
         raise ValueError(f'{path} is damaged, or no checkpoint ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__})') from None
     weights = content.get('state_dict') if isinstance(content, dict) else None
@@ -637,10 +642,12 @@ def _parse(
 ) -> RecipeCLI:
     "The classifier, data module and trainer of a recipe. ValueError for an argument that doesn't exist or fit, or a file that is no recipe."
     from jsonargparse import ArgumentError
-    try: is_recipe = isinstance(yaml.load(config.read_text(encoding='utf-8'), yaml.BaseLoader), dict)
-    except UnicodeDecodeError: is_recipe = False
-    except yaml.YAMLError: is_recipe = True  # the parser says where it breaks off
-    if not is_recipe: raise ValueError(f'{config} is no recipe: a text in YAML is expected, with entries such as model, data and trainer; {recipe_path("quick")} is one to begin with')
+    try: content = yaml.load(config.read_text(encoding='utf-8'), yaml.BaseLoader)
+    except UnicodeDecodeError: content = None
+    except yaml.YAMLError: content = {}  # the parser says where it breaks off
+    for part in 'model', 'data', 'trainer':
+        if isinstance(content, dict) and not isinstance(content.get(part, {}), dict): raise ValueError(f'{config}: {part} is {str(content[part])[:80]!r}, and entries are expected, one a line, as in {recipe_path("quick")}')
+    if not isinstance(content, dict): raise ValueError(f'{config} is no recipe: a text in YAML is expected, with entries such as model, data and trainer; {recipe_path("quick")} is one to begin with')
     defaults = dict(logger=False, use_distributed_sampler=False, enable_progress_bar=_has_bar(), enable_model_summary=False, enable_checkpointing=False,
                     num_sanity_val_steps=0)
     try: return RecipeCLI(Classifier, CIFARDataModule, args=['--config', str(config), *args], run=False, save_config_callback=None,
@@ -677,7 +684,7 @@ def fit(
     recipe = os.fspath(recipe)
     name = recipe_name(recipe) if name is None else name
     if Path(name).parent == Path(root): name = Path(name).name  # given as it is printed
-    if Path(name).name != name or name in ('', '..'): raise ValueError(f'{name!r} is not a name for a run, which is that of a folder in {root}: give one of letters and numbers')
+    if Path(name).name != name or name in ('', '..') or name.startswith('-') or not name.isprintable(): raise ValueError(f'{name!r} is not a name for a run, which is that of a folder in {root}: give one of letters and numbers')
     with quiet_lightning():
         folder = _resumable_folder(root, name, recipe) if resume else None
         before = _parse(folder/'config.yaml', ()) if resume and args and (folder/'checkpoints'/'last.ckpt').is_file() else None
@@ -770,6 +777,8 @@ def _check_run(trainer: Trainer, model: Classifier, data: CIFARDataModule) -> No
         raise ValueError(f'{left[0]} was left there by another program, and Lightning would take it for this run\'s: move it away')
     if not data.split[1].size: raise ValueError('data.val_fraction is 0: a run needs validation images, which choose its best epoch')
     if model.hparams.in_channels != 3: raise ValueError(f'model.in_channels is {model.hparams.in_channels}, and the images have 3 channels')
+    if not is_whole(trainer.accumulate_grad_batches): raise ValueError(f'trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: a whole number of batches is expected, from 1 up')
+    if (trainer.gradient_clip_val or 0) < 0: raise ValueError(f'trainer.gradient_clip_val is {trainer.gradient_clip_val}: a number from 0 up is expected')
     wrong = {'fast_dev_run': bool(trainer.fast_dev_run), 'barebones': trainer.barebones, 'check_val_every_n_epoch': trainer.check_val_every_n_epoch != 1, 'max_epochs': trainer.max_epochs is not None and trainer.max_epochs < 1,
              'val_check_interval': repr(getattr(trainer, 'val_check_interval', None)) != '1.0', 'max_steps': trainer.max_steps != -1, 'max_time': any(isinstance(callback, Timer) for callback in trainer.callbacks),
              **{name: getattr(trainer, name) == 0 for name in ('limit_train_batches', 'limit_val_batches', 'limit_test_batches')}}
