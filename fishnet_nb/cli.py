@@ -8,6 +8,7 @@ __all__ = ['make_parser', 'main']
 # %% ../nbs/cli.ipynb #7878b91e
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -195,10 +196,9 @@ def _read_image(path: Path) -> 'numpy.ndarray':  # uint8[32, 32, 3]
     import warnings
     import numpy as np
     from PIL import Image
-    if not path.is_file(): raise FileNotFoundError(f'{path} is {"a folder: give image files" if path.is_dir() else "not there"}')
+    if not path.is_file(): raise FileNotFoundError(f'{path} is {"no plain file: give image files" if path.exists() else "not there"}')
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter('ignore')
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:
             return np.asarray(_to_rgb(image).resize((32, 32), Image.Resampling.BICUBIC))
     except Image.UnidentifiedImageError: raise ValueError(f'{path} is not an image, or of a format that Pillow does not read') from None
     except Exception as error: raise ValueError(f'{path} can\'t be read as an image: {_one_line(error)}') from None  # decoders raise all sorts
@@ -247,15 +247,18 @@ def _run_summary(args: argparse.Namespace) -> int:
     print(_table([('stage', 'works at', 'hands on', 'channels', 'blocks', 'layers'),
                   *((r.stage, f'{r.side}×{r.side}', f'{r.out_side}×{r.out_side}', r.out_channels, r.blocks, r.layers) for r in rows),
                   ('all', '', '', '', sum(r.blocks for r in rows), sum(r.layers for r in rows))]))
-    print(f'\n{args.model}: {params:,} parameters; {flops/1e9:.2f} GFLOPs, {macs/1e9:.2f} GMACs for an image of {side}×{side}')
+    print(f'\n{args.model}: {params:,} parameters; {flops/1e9:.3g} GFLOPs, {macs/1e9:.3g} GMACs for an image of {side}×{side}')
     return 0
 
 # %% ../nbs/cli.ipynb #c3289ef3
 def _run_bench(args: argparse.Namespace) -> int:
     """Images per second in training and inference, in turns within one process: the baseline is eager float32, on a GPU without cuDNN, which the
     student implementation switches off; then what fits the device, eager and compiled. And of the input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
+    import torch
     from fishnet_nb.bench import bench, bench_report, plot_bench
+    from fishnet_nb.models import create_model
     from fishnet_nb.training import free_path, write_atomically
+    with torch.device('meta'): create_model(args.model, **_sizes(args))  # or an error now
     path = free_path(Path('results')/'bench'/(args.name or args.model), '.json')
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()  # or an error now, before all the measuring
@@ -270,7 +273,9 @@ def _run_bench(args: argparse.Namespace) -> int:
 def _run_data(args: argparse.Namespace) -> int:
     """Check the data and draw its first images into a contact sheet. CIFAR-10 is looked for where FISHNET_DATA points, otherwise in
     data/cifar-10-batches-py; every batch is read and checked."""
+    from matplotlib.backend_bases import FigureCanvasBase
     from fishnet_nb.data import CIFARDataModule, check_images, data_folder, data_root, download_cifar
+    if args.sheet.is_dir() or args.sheet.suffix[1:].lower() not in FigureCanvasBase.filetypes: raise ValueError(f'--sheet {args.sheet}: the name of a picture is expected, such as results/images.png')
     source = str(download_cifar(data_root())) if args.download else 'shapes' if args.shapes else 'cifar10'
     try: module = CIFARDataModule(source, val_fraction=0)
     except FileNotFoundError as error: raise FileNotFoundError(f'{error}; the embedded shapes are shown by --shapes') from None
@@ -307,7 +312,7 @@ def _run_reproduce(args: argparse.Namespace) -> int:
     stated = read_record(args.stated)
     name, recipe, config = _repeatable(stated, args.stated)
     _check_data(stated, config['data'], args.other_data)
-    new = Path(args.name or f'{name}-reproduced')
+    new = Path(f'{name}-reproduced' if args.name is None else args.name)
     folder = new if new.parent == Path('results') else Path('results')/new  # given as it is printed, or by its name
     if args.resume and (folder/'record.json').is_file():
         begun = read_record(folder)
@@ -332,9 +337,10 @@ def _run_reproduce(args: argparse.Namespace) -> int:
                   ('test loss', f'{test["loss"]:.4f}', f'{found["test"]["loss"]:.4f}')]))
     for what, then, now in _circumstances(stated, found): print(f'{what}: {then} then, {now} now')
     difference = abs(test['top1_error'] - found['test']['top1_error'])
-    print(f'\n{"reproduced" if difference <= args.tolerance else "not reproduced"}: the top-1 errors differ by {100*difference:.2f} percentage points, '
+    is_reproduced = difference <= args.tolerance
+    print(f'\n{"reproduced" if is_reproduced else "not reproduced"}: the top-1 errors differ by {100*difference:.2f} percentage points, '
           f'and {100*args.tolerance:g} are allowed; the new record is in {folder}')
-    return int(difference > args.tolerance)
+    return int(not is_reproduced)
 
 _ERRORS = ('top1_error', 'top-1 error'), ('top5_error', 'top-5 error')
 _TOLERANCE = .02  # a share of the test images
@@ -358,7 +364,12 @@ def _repeatable(
     try:
         if record['status'] not in ('finished', NOT_FINITE): raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
         config, _ = _hyperparameters(record, given), (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
-        if record['status'] == 'finished' and not all(isinstance(record['test'][key], (int, float)) for key in ('loss', 'top1_error', 'top5_error')): raise TypeError('test figures')
+        _circumstances(record, record)
+        for key, value in dict(name=record['name'], recipe=record['recipe'], **{f'data.{key}': record['data'][key] for key in ('sha256', 'description')}).items():
+            if not isinstance(value, str) or not value: raise TypeError(f'{key} is {value!r}')
+        if record['status'] == 'finished':
+            for key in 'loss', 'top1_error', 'top5_error':
+                if isinstance(record['test'][key], bool) or not math.isfinite(record['test'][key]): raise TypeError(f'test.{key} is {record["test"][key]}')
         for part, made in dict(model=Classifier, data=CIFARDataModule, trainer=Trainer).items():
             if unknown := {*map(str, config[part])} - {*inspect.signature(made).parameters}:
                 raise ValueError(f'{given} is refused: {part} has no {", ".join(sorted(unknown))} here; the run was made at commit {record["commit"]}, with Lightning {record["versions"].get("pytorch-lightning")}')
@@ -386,7 +397,8 @@ def _hyperparameters(
 
 def _not_whole(given: str | Path, error: Exception) -> ValueError:
     "What is wrong with a record."
-    return ValueError(f'{given} is not a whole run record: {error} is missing or of the wrong type')
+    what = f'{error} is missing' if isinstance(error, KeyError) else f'an entry is of the wrong kind ({error})'
+    return ValueError(f'{given} is not a whole run record, as a run leaves it: {what}')
 
 def _agree(
     one: dict,  # from `_hyperparameters`
@@ -532,6 +544,7 @@ def _one_line(error: BaseException | str) -> str:
 
 def _explain(error: Exception) -> str:
     "What is said of an error."
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename and error.errno: return f'error: {error.filename} can\'t be made or used as a folder: a file is in its place; move that away'
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)): return f'error: {_one_line(error)}'
     return f'error: {type(error).__name__}: {_one_line(error)}'
 

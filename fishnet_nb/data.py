@@ -449,10 +449,10 @@ def _to_tensor() -> list[A.BasicTransform]:
 
 AUGMENTATIONS = 'none', 'student', 'standard'
 
-def _check_augment(augment: str, cutout_px: int) -> None:
-    "Raises ValueError for an augmentation or a side that isn't there."
-    if augment not in AUGMENTATIONS or not is_whole(cutout_px, 0):
-        raise ValueError(f'{augment=}, {cutout_px=}: allowed are an augment of {", ".join(map(repr, AUGMENTATIONS))}, and a whole number from 0 as cutout_px')
+def _check_augment(augment: str, cutout_px: int, side_px: int) -> None:
+    "Raises ValueError for an augmentation that isn't there, or a square that doesn't fit into an image."
+    if augment not in AUGMENTATIONS or not is_whole(cutout_px, 0) or cutout_px > side_px:
+        raise ValueError(f'{augment=}, {cutout_px=}: allowed are an augment of {", ".join(map(repr, AUGMENTATIONS))}, and a whole number from 0 to {side_px} as cutout_px')
 
 class _Cutout(A.ImageOnlyTransform):
     "Sets a square to 0. Each pixel is its centre with the same probability, so it may stick out of the image (DeVries & Taylor 2017)."
@@ -474,8 +474,8 @@ def train_transform(
     size: int = 32,  # side of what comes out, px, to which 'standard' scales the image first; 'none' keeps the image's
 ) -> A.Compose:  # image=uint8[H, W, 3] -> dict(image=float32[3, size, size])
     "An augmentation of one image, and normalisation. Raises ValueError."
-    _check_augment(augment, cutout_px)
     if not is_whole(size): raise ValueError(f'{size=}: a whole number of pixels is expected, from 1 up')
+    _check_augment(augment, cutout_px, size)
     flip = A.HorizontalFlip(p=.5)
     steps = {'none': [],
              'student': [A.RandomResizedCrop((size, size), scale=(.5, 1), ratio=(1, 1)), flip, A.FancyPCA(alpha=.1, p=.5)],
@@ -611,7 +611,7 @@ def draw(
     *key: int,  # the draws depend on it alone
 ) -> Draws:
     "What `train_transform` would draw for each of `n` images. Raises ValueError."
-    _check_augment(augment, cutout_px)
+    _check_augment(augment, cutout_px, side_px)
     rng = np.random.Generator(np.random.PCG64(key))
     u, alpha, is_recoloured = rng.random((n, 6), np.float32), rng.normal(0, .1, (n, 3)), rng.random((n, 1)) < .5
     side = np.full(n, side_px) if augment != 'student' else np.rint(np.sqrt((.5 + .5*u[:, 0])*side_px**2))
@@ -738,7 +738,7 @@ class CIFARDataModule(LightningDataModule):
                              'a val_fraction from 0 to below 1, a seed from 0, and num_workers from 0 or None')
         check_switches(on_device=on_device)
         if on_device and num_workers: raise ValueError(f'{on_device=}, {num_workers=}: images on the device are loaded without processes; leave num_workers at 0 or None')
-        _check_augment(augment, cutout_px)
+        _check_augment(augment, cutout_px, 32)
         self.save_hyperparameters(logger=False)
         self.first_epoch = 0  # of a run that is resumed, another
 

@@ -8,6 +8,7 @@ __all__ = ['FishNet', 'list_models', 'create_model', 'StageRow', 'named_stages',
            'check_blocks', 'unlike', 'load_weights', 'list_pretrained', 'pretrained_path']
 
 # %% ../nbs/06_fishnet.ipynb #5b89f117
+import errno
 import hashlib
 import inspect
 import json
@@ -201,13 +202,17 @@ def count_complexity(
 def replacing(
     path: str | Path,  # the file's final name
 ) -> Iterator[Path]:  # where to write
-    "A name beside the file, which takes its place at the end: under the final name there is either the old file or the whole new one."
+    """A name beside the file, which takes its place at the end: under the final name there is either the old file or the whole new one.
+    OSError, with the final name, if it can't be written."""
     path = Path(path)
     scratch = path.with_name(f'.{os.getpid()}.{path.name}')
     try:
         yield scratch
         with open(scratch, 'rb+') as written: os.fsync(written.fileno())  # or after a loss of power the final name may hold an empty file
         os.replace(scratch, path)
+    except OSError as error:
+        advice = ': make room, then go on'*(error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        raise OSError(error.errno, f'could not be written ({error.strerror}); what was written before is intact{advice}', str(path)) from error
     finally: scratch.unlink(missing_ok=True)
 
 def save_weights(
@@ -217,6 +222,7 @@ def save_weights(
 ) -> Path:
     """Write a model's weights and what they belong to, also of a model wrapped by torch.compile or DistributedDataParallel; until all is written, an
     earlier file stays. FileNotFoundError if there is no such folder, ValueError if the weights are not those of the model that `about` describes."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     arch_args = about.get('arch_args')
     is_backbone = isinstance(arch_args, dict) and arch_args.get('features_only')
@@ -232,8 +238,10 @@ def save_weights(
     if wrong := unlike(weights, planned.state_dict()):
         raise ValueError(f'{path} is not written: this {type(model).__name__} is no {about["arch"]} with {about["arch_args"]}, {about.get("num_classes")} classes and {about["in_channels"]} channels: '
                          f'{wrong}; give the network itself, and the arguments that it was made with')
-    with replacing(path) as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
+    try:
+        with replacing(path) as scratch:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
+    except SafetensorError as error: raise OSError(f'{path} could not be written ({error}); what was written before is intact: make room, then go on') from error
     return Path(path)
 
 def read_weights(

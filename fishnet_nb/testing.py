@@ -71,7 +71,8 @@ def find_checkpoint(
     run: str | Path,  # a run's name under results/, its folder, or a .ckpt or .safetensors file
     root: str | Path = 'results',  # where runs are kept
 ) -> Path:
-    "The best checkpoint of a run, or the file itself. FileNotFoundError if there is none."
+    "The best checkpoint of a run, or the file itself. FileNotFoundError if there is none, ValueError for an empty name."
+    if str(run) in ('', '.'): raise ValueError('the name of the run is empty: give that of a folder in results/, or of a checkpoint')
     folders = [Path(run), Path(root)/run]
     path = next((path for path in (Path(run), *(folder/'checkpoints'/'best.ckpt' for folder in folders)) if path.is_file()), None)
     if path is not None: return path
@@ -141,6 +142,7 @@ def export_weights(
     "Write the weights of a finished run's best checkpoint, with its record. FileNotFoundError, or ValueError for a run that isn't finished."
     record, checkpoint = read_record(run, root), find_checkpoint(run, root)
     if record['status'] != 'finished': raise ValueError(f'{run!s}: the run was {record["status"]}; resume it by --resume, then export its weights')
+    if not isinstance(record['hparams'], dict) or not isinstance(record['hparams'].get('model'), dict): raise ValueError(f'{run!s} is not a whole run record: its hparams name no model')
     classifier = load_classifier(checkpoint)
     h = classifier.hparams
     about = dict(arch=h.arch, arch_args=dict(h.arch_args or {}), num_classes=h.num_classes, in_channels=h.in_channels, classes=class_names(checkpoint),

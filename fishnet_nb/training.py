@@ -12,7 +12,6 @@ __all__ = ['NOT_FINITE', 'CIRCUMSTANCES', 'UNFINISHED', 'COLUMNS', 'make_metrics
 
 # %% ../nbs/07_training.ipynb #44640f81
 import csv
-import errno
 import inspect
 import json
 import logging
@@ -37,6 +36,7 @@ from importlib.resources import files
 from itertools import chain, count
 from numbers import Real
 from pathlib import Path
+from textwrap import shorten
 
 try: import fcntl
 except ImportError: fcntl = None  # Windows has no such locks
@@ -303,11 +303,7 @@ def write_atomically(
     text: str,  # what it is to hold
 ) -> None:
     "Write the whole text or nothing. OSError, with the file's name, if it can't be written."
-    try:
-        with replacing(path) as scratch: scratch.write_text(text, encoding='utf-8')
-    except OSError as error:
-        advice = ': make room, then go on'*(error.errno in (errno.ENOSPC, errno.EDQUOT))
-        raise OSError(error.errno, f'could not be written ({error.strerror}); what was written before is intact{advice}', str(path)) from error
+    with replacing(path) as scratch: scratch.write_text(text, encoding='utf-8')
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     "Writes a checkpoint beside its final name, then renames it; a process killed meanwhile leaves the old one intact."
@@ -316,8 +312,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with replacing(path) as scratch: torch.save(checkpoint, scratch)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and 'inline_container' not in str(error): raise  # where PyTorch writes, it reports a full disk as a RuntimeError
+        except RuntimeError as error:
+            if 'inline_container' not in str(error): raise  # where PyTorch writes, it reports a full disk as a RuntimeError
             raise OSError(f'{path} could not be written ({str(error).splitlines()[0]}); what was written before is intact: make room, then resume') from error
 
 class MovableCheckpoint(ModelCheckpoint):
@@ -555,7 +551,7 @@ def read_checkpoint(
         asked = re.search(r'GLOBAL (\S+)', str(error))
         raise ValueError(f'{path} is refused: it is no checkpoint, or holds more than tensors and plain values{f", such as {asked[1][:80]}" if asked else ""}; the hyperparameters of a data module have to be plain, too') from None
     except Exception as error:  # the unpickler raises all sorts
-        raise ValueError(f'{path} is damaged, or no checkpoint ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__})') from None
+        raise ValueError(f'{path} is damaged, or no checkpoint ({shorten(str(error), 100, placeholder="…") or type(error).__name__}): give another, or train again') from None
     weights = content.get('state_dict') if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         raise ValueError(f'{path} holds no weights: it is not a checkpoint of this library')
@@ -734,7 +730,7 @@ def _resumable_folder(root: str | Path, name: str, recipe: str) -> Path:
     try: folder = run_folder(root, name, resume=True)
     except FileNotFoundError as error: raise FileNotFoundError(f'{error}{_what_can_go_on(root, recipe)}') from None
     record = read_record(folder) if (folder/'record.json').is_file() else {}
-    told = re.match('# recipe: (.*)', (folder/'config.yaml').read_text(encoding='utf-8'))
+    told = re.match('# recipe: (.*)', (folder/'config.yaml').read_text(encoding='utf-8', errors='replace'))
     begun = record.get('recipe', told[1] if told else recipe_name(recipe))
     if begun != recipe_name(recipe): raise ValueError(f'{folder} is a run of the recipe {begun}, not of {recipe}')
     if not record: recipe_path(recipe)  # no record says whether it is the run's
@@ -779,6 +775,8 @@ def _check_run(trainer: Trainer, model: Classifier, data: CIFARDataModule) -> No
     if model.hparams.in_channels != 3: raise ValueError(f'model.in_channels is {model.hparams.in_channels}, and the images have 3 channels')
     if not is_whole(trainer.accumulate_grad_batches): raise ValueError(f'trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: a whole number of batches is expected, from 1 up')
     if (trainer.gradient_clip_val or 0) < 0: raise ValueError(f'trainer.gradient_clip_val is {trainer.gradient_clip_val}: a number from 0 up is expected')
+    share, n_batches = trainer.limit_test_batches, math.ceil(len(data.cifar.test_labels)/(data.hparams.batch_size*trainer.world_size))
+    if isinstance(share, float) and 0 < share*n_batches < 1: raise ValueError(f'trainer.limit_test_batches={share} of {n_batches} batches leaves none for the test: give a larger share, or a number of batches')
     wrong = {'fast_dev_run': bool(trainer.fast_dev_run), 'barebones': trainer.barebones, 'check_val_every_n_epoch': trainer.check_val_every_n_epoch != 1, 'max_epochs': trainer.max_epochs is not None and trainer.max_epochs < 1,
              'val_check_interval': repr(getattr(trainer, 'val_check_interval', None)) != '1.0', 'max_steps': trainer.max_steps != -1, 'max_time': any(isinstance(callback, Timer) for callback in trainer.callbacks),
              **{name: getattr(trainer, name) == 0 for name in ('limit_train_batches', 'limit_val_batches', 'limit_test_batches')}}

@@ -1,6 +1,8 @@
 "The command line in whole processes: typed wrongly, given broken files, stopped by Ctrl-C."
 import json
+import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -92,14 +94,16 @@ def test_wrongly_typed(args, message): refused(message, *args)
 
 @pytest.mark.parametrize('args, message', [
     (['fit', 'quik'], 'did you mean'), (['fit', 'none.yaml'], 'none.yaml is missing'), (['fit', 'quick', '--trainer.max_epoch=3'], 'did you mean --trainer.max_epochs?'),
-    (['fit', 'quick', '--nmae', 'x'], 'did you mean --name?'), (['fit', 'quick', '--modle.lr=1'], 'did you mean --model.lr?'), (['test', 'begun'], 'go on by `fishnet-nb fit quick --name begun --resume`'), (['test', ''], 'neither'), (['fit', 'quick', '--model.lr=fast'], 'lr'), (['fit', 'quick', '--trainer.accelerator=gpus'], 'gpus'),
+    (['fit', 'quick', '--nmae', 'x'], 'did you mean --name?'), (['fit', 'quick', '--modle.lr=1'], 'did you mean --model.lr?'), (['test', 'begun'], 'go on by `fishnet-nb fit quick --name begun --resume`'), (['test', ''], 'is empty'), (['test', 'tiny', '--data', ''], 'is empty'), (['test', 'tiny', '--data', 'named'], 'give data of its classes'), (['fit', 'quick', '--model.lr=fast'], 'lr'), (['fit', 'quick', '--trainer.accelerator=gpus'], 'gpus'),
     (['fit', 'quick', '--data.augment=foo'], "'student', 'standard'"), (['fit', 'quick', '--model.arch=fishnet98'], 'did you mean'), (['fit', 'quick', '--name', 'never', '--resume'], 'no run to resume'),
-    (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), *((['fit', f'{name}.yaml'], f'{name}.yaml is no recipe') for name in ('empty', 'items', 'binary')), (['summary', 'fishnet98'], 'fishnet99'), (['summary', 'resnet50', '--k', '2'], 'no argument k'),
+    (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), *((['fit', f'{name}.yaml'], f'{name}.yaml is no recipe') for name in ('empty', 'items', 'binary')), (['fit', 'number.yaml'], "number.yaml: data is '5'"), (['predict', '/dev/null'], 'no plain file'),
+    (['data', '--shapes', '--sheet', 'noext'], '--sheet noext'), (['data', '--shapes', '--sheet', 'broken.yaml/x.png'], "broken.yaml can't be made or used as a folder"), (['summary', 'fishnet98'], 'fishnet99'), (['summary', 'resnet50', '--k', '2'], 'no argument k'),
     (['summary', 'fishnet99', '--widths', '64', '128', '256', '511'], 'b3'), (['summary', 'fishnet99', '--input-size', '20'], '20'), (['data'], '--download'),
     (['test', 'no-such-run'], 'there are tiny'), (['test', 'kept'], 'without checkpoints'), (['test', 'garbage.ckpt'], 'garbage.ckpt'), (['test', 'results'], 'neither'),
     (['test', 'tiny', '--data', 'nowhere'], 'nowhere'), (['predict', 'x.png', '--checkpoint', 'none.ckpt'], 'none.ckpt'), (['predict', 'x.png', '--checkpoint', 'garbage.safetensors'], 'holds no weights'),
     (['bench', 'fishnet98'], 'fishnet99'), (['bench', 'fishnet99', '--width-factor', '0.01'], 'k=2 does not divide'), (['export', 'kept'], 'without checkpoints'), (['export', 'tiny', '--out', 'x.pt'], '.safetensors'), (['export', 'tiny', '--out', 'no/x.safetensors'], 'make it first'), (['reproduce', 'nothing'], 'nothing'),
     (['reproduce', 'garbage'], 'not a run record'), (['reproduce', 'half'], 'not a whole run record'), (['reproduce', 'list'], 'not a whole run record'),
+    (['reproduce', 'nan'], 'test.top1_error is nan'), (['reproduce', 'earlier'], "'device' is missing"), (['reproduce', 'nameless'], "name is ''"), (['reproduce', 'hash'], 'data.sha256 is 5'),
     (['reproduce', 'stopped'], 'interrupted'), (['reproduce', 'otherdata'], '--other-data')])
 def test_given_wrongly(inside, capsys, args, message):
     make_broken_files(inside)
@@ -112,12 +116,15 @@ def make_broken_files(folder: Path) -> None:
     "Checkpoints, recipes and records that can't be used."
     for name in 'garbage.ckpt', 'garbage.safetensors': Path(name).write_bytes(b'garbage')
     Path('broken.yaml').write_text('model: {arch: [')
-    for name, content in dict(empty=b'', items=b'- 1\n- 2\n', binary=b'\x80\x02\xff\x00').items(): Path(f'{name}.yaml').write_bytes(content)
+    for name, content in dict(empty=b'', items=b'- 1\n- 2\n', binary=b'\x80\x02\xff\x00', number=b'data: 5\n').items(): Path(f'{name}.yaml').write_bytes(content)
     record = json.loads((folder/'results'/'tiny'/'record.json').read_text())
     broken = dict(kept=record, half={'status': 'finished'}, list=[], stopped={**record, 'status': 'interrupted'}, begun={**record, 'name': 'begun', 'status': 'running'},
+                  nan={**record, 'test': {**record['test'], 'top1_error': math.nan}}, earlier={**record, 'earlier': [{}]}, nameless={**record, 'name': ''}, hash={**record, 'data': {**record['data'], 'sha256': 5}},
                   otherdata={**record, 'data': {**record['data'], 'sha256': '0'*64}})
     for name, content in broken.items(): write_record(folder/'results'/name, json.dumps(content))
     write_record(folder/'results'/'garbage', '{"status": ')
+    if not Path('named').exists():
+        (write_shapes('named', 10, 10)/'batches.meta').write_bytes(pickle.dumps({b'label_names': [bytes([letter]) for letter in b'abcdefghij']}, protocol=4))
 
 
 def write_record(folder: Path, text: str) -> None:

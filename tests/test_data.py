@@ -505,6 +505,43 @@ def test_ranks_share_the_images(n, ranks):
             assert sorted(seen) == list(range(n)) and len({-(-length//size) for length in lengths}) == 1
 
 
+def test_a_sampler_that_was_made_before_the_processes_were_joined_gives_its_share(tmp_path, monkeypatch):
+    loader = CIFARDataModule(str(write_shapes(tmp_path/'few', 20, 7)), val_fraction=0, num_workers=0, batch_size=4, augment='none').train_dataloader()
+    assert len(loader) == 5
+    for name, value in dict(is_initialized=True, get_world_size=2, get_rank=1).items(): monkeypatch.setattr(data.dist, name, lambda value=value: value)
+    assert len(loader) == 3 and len([*loader.sampler]) == 10
+
+
+def test_an_epoch_is_another_where_the_sampler_is_told(tmp_path):
+    loader = CIFARDataModule(str(write_shapes(tmp_path/'few', 20, 7)), val_fraction=0, num_workers=0, batch_size=20).train_dataloader()
+    epochs = []
+    for epoch in (0, 0, 1):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(next(iter(loader)))
+    first, again, second = epochs
+    assert torch.equal(first['img'], again['img']) and not torch.equal(first['label'], second['label'])
+
+
+def test_labels_as_a_list_of_numpys_numbers_are_told_how_to_be_written(tmp_path):
+    (tmp_path/'batch').write_bytes(pickle.dumps({b'labels': list(np.arange(3))}, protocol=4))
+    with breaks(ValueError, r'by `\.tolist\(\)`'): unpickle(tmp_path/'batch')
+
+
+def test_labels_are_whole_numbers_one_for_each_image():
+    images = np.zeros((2, 3, 32, 32), np.uint8)
+    assert CIFARDataset(images, np.zeros(2, np.int32))[0]['label'].dtype == torch.int64
+    for make in CIFARDataset, data.DeviceDataset:
+        for labels in (np.zeros((2, 1), np.int64), np.zeros(2)):
+            with breaks(ValueError, 'whole numbers are expected'): make(images, labels)
+    with breaks(TypeError, 'what albumentations composes'): CIFARDataset(images, np.zeros(2, np.int64), lambda image: image)
+
+
+@pytest.mark.parametrize('wrong', [dict(batch_size=2.5), dict(batch_size='a'), dict(seed=1.5), dict(num_workers=1.5), dict(cutout_px=2.5), dict(cutout_px=33), dict(val_fraction='half')])
+def test_numbers_of_the_data_module_are_checked(wrong):
+    name, given = next(iter(wrong.items()))
+    with breaks(ValueError, f'{name}={given!r}'): CIFARDataModule(**wrong)
+
+
 def test_an_image_depends_on_seed_epoch_and_index_alone():
     shapes = make_shapes(6)
     make = lambda seed: CIFARDataset(shapes.images, shapes.labels, train_transform(), seed)

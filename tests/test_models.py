@@ -14,13 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fishnet_nb.bench import Setting, make_step
-from fishnet_nb.blocks import reduce_channels
+from fishnet_nb.blocks import init_weights, reduce_channels
 from fishnet_nb.channels import plan_channels
 from fishnet_nb.data import check_images, find_data
-from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights, save_weights, stage_table
-from fishnet_nb.shapes import make_shapes
+from fishnet_nb.models import count_complexity, create_model, load_weights, named_stages, pretrained_path, read_weights, save_weights, stage_table
+from fishnet_nb.shapes import make_shapes, write_shapes
 from fishnet_nb.testing import evaluate, load_trained, test_run, top_k_errors
 from fishnet_nb.training import Classifier, compile_problem, recipe_path
+from fishnet_nb.versatility import ThreeHeads
 
 
 def thin(**kwargs) -> nn.Module:
@@ -107,10 +108,48 @@ def test_features_can_be_taken_out_by_torchvision():
     torch.testing.assert_close(found['t2'], model.tail.stages['t2'](model.tail.stages['t1'](model.tail.stem(images))))
 
 
+@pytest.mark.parametrize('name', ['fishnet73', 'resnet50'])
+def test_hooks_reach_every_stage_of_a_backbone(name):
+    "As what wraps a stage does: checkpointing of activations, or sharding."
+    backbone, seen = create_model(name, widths=(8, 16), tail=(1, 1), features_only=True), []
+    stages = named_stages(backbone)
+    for stage_name, stage in stages.items(): stage.register_forward_hook(lambda stage, given, found, stage_name=stage_name: seen.append(stage_name))
+    features = backbone(torch.randn(1, 3, 8, 8))
+    assert seen == list(stages) and [f.shape[1] for f in features] == list(backbone.feature_channels)
+    assert stage_table(backbone, 8)[-1].out_channels == features[-1].shape[1]
+
+
+def test_weights_begin_anew_where_a_model_had_no_memory():
+    with torch.device('meta'): model = thin(widths=(8, 16), tail=(1, 1))
+    model.to_empty(device='cpu')
+    for tensor in model.state_dict().values(): tensor.fill_(torch.nan if tensor.is_floating_point() else 7)
+    model.apply(init_weights).eval()
+    torch.manual_seed(0)
+    plain = thin(widths=(8, 16), tail=(1, 1))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.state_dict().items() if 'running' in name or 'tracked' in name)
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
+def test_a_compiled_backbone_stays_compiled_below_its_heads():
+    n_graphs = []
+    def backend(graph, inputs): n_graphs.append(1); return graph.forward
+    heads = ThreeHeads(torch.compile(thin(widths=(8, 16), tail=(1, 1), features_only=True), backend=backend), 10).eval()
+    with torch.no_grad(): found = heads(torch.randn(2, 3, 8, 8))
+    assert n_graphs and found.scores.shape == (2, 10)
+
+
+def test_scores_that_were_evaluated_may_be_trained_on():
+    "As a temperature is, which scales the confidences."
+    found, temperature = evaluate(thin(widths=(8, 16), tail=(1, 1)), [dict(img=torch.randn(4, 3, 8, 8), label=torch.arange(4))]), torch.ones((), requires_grad=True)
+    nn.functional.cross_entropy(found.logits/temperature, found.labels).backward()
+    assert temperature.grad.isfinite()
+
+
 def test_weights_that_name_no_classes_rightly_are_refused(tmp_path):
     "Names go to the terminal."
     about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1]), num_classes=2, in_channels=3)
     model = create_model('fishnet73', 2, widths=(8, 16), tail=(1, 1))
+    with pytest.raises(ValueError, match='bad.safetensors is not written: about names 3 classes, and num_classes is 2'): save_weights(model, tmp_path/'bad.safetensors', about | dict(classes=['cat', 'dog', 'frog']))
     for classes in (['cat', '\x1b]0;title\x07'], 5, 'ab', [1, 2]):
         save_weights(model, tmp_path/'bad.safetensors', about | dict(classes=classes))
         with pytest.raises(ValueError, match='bad.safetensors is refused: what it names as classes'): load_trained(tmp_path/'bad.safetensors')
@@ -180,6 +219,8 @@ def test_weights_in_the_package_that_were_damaged_are_refused(tmp_path, monkeypa
     (ValueError, lambda: thin()(torch.zeros(1, 3, 30, 32))), (TypeError, lambda: thin()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))), (ValueError, lambda: reduce_channels(torch.zeros(1, 6, 1, 1), 4)),
     (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2))), (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=(0,))), (ValueError, lambda: evaluate(thin(), [])), (TypeError, lambda: evaluate(thin(), [dict(img=torch.zeros(2, 3, 32, 32))])),
     (ValueError, lambda: Classifier('fishnet73')(torch.zeros(3, 32, 32))), (TypeError, lambda: Classifier('fishnet73')(np.zeros((1, 3, 32, 32), np.float32))),
+    (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=5)), (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=(1.5,))), (ValueError, lambda: count_complexity(thin(), 32)), (ValueError, lambda: count_complexity(thin(), (3, -8, 8))),
+    (ValueError, lambda: Classifier('fishnet73', lr='fast')), (ValueError, lambda: Classifier('fishnet73', weight_decay=-1)), (ValueError, lambda: make_shapes(2.5)), (ValueError, lambda: write_shapes('nowhere', seed=-1)),
     (ValueError, lambda: make_shapes(0)), (ValueError, lambda: check_images(make_shapes(2), n=0)), (ValueError, lambda: check_images(np.zeros((0, 3, 32, 32), np.uint8))), (FileNotFoundError, lambda: load_weights('none.safetensors')), (FileNotFoundError, lambda: recipe_path('none.yaml'))])
 def test_errors_are_of_the_type_that_is_documented(error, call):
     with pytest.raises(error): call()

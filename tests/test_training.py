@@ -202,7 +202,8 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
     (['--model.arch=fishnet98'], "did you mean 'fishnet99'"), (['--data.val_fraction=0'], 'val_fraction'), (['--trainer.check_val_every_n_epoch=2'], 'check_val_every_n_epoch'),
     (['--model.arch_args.preact=maybe'], 'preact'), (['--model.arch_args.num_classes=5'], 'arch_args has no num_classes'), (['--trainer.max_epochs=-1'], 'max_epochs'),
     (['--trainer.max_steps=4'], 'max_steps'), (['--trainer.val_check_interval=0.5'], 'val_check_interval'), (['--trainer.val_check_interval=1'], 'val_check_interval'), (['--trainer.val_check_interval=00:00:10:00'], 'val_check_interval'), (['--trainer.max_time=00:00:01:00'], 'max_time'), (['--trainer.barebones=true'], 'barebones'),
-    (['--trainer.limit_test_batches=0'], 'limit_test_batches'), (['--model.in_channels=1'], 'the images have 3 channels'), (['--model.label_smoothing=2'], 'label_smoothing=2'),
+    (['--trainer.limit_test_batches=0'], 'limit_test_batches'), (['--trainer.limit_test_batches=0.001'], 'leaves none for the test'), (['--trainer.accumulate_grad_batches=0'], 'accumulate_grad_batches is 0'), (['--trainer.accumulate_grad_batches=-4'], 'accumulate_grad_batches is -4'),
+    (['--trainer.gradient_clip_val=-1'], 'gradient_clip_val is -1'), (['--data.cutout_px=33'], 'from 0 to 32'), (['--data.data='], 'is empty'), (['--model.lr=-1'], 'lr=-1.0: a number from 0 up'), (['--model.weight_decay=-1'], 'weight_decay=-1.0'), (['--model.in_channels=1'], 'the images have 3 channels'), (['--model.label_smoothing=2'], 'label_smoothing=2'),
     (['--trainer.limit_val_batches=0'], 'limit_val_batches'), (['--trainer.fast_dev_run=true'], 'fast_dev_run'), (['--trainer.max_epochs=0'], 'max_epochs')])
 def test_wrong_argument_is_named(work, monkeypatch, args, message):
     monkeypatch.chdir(work)
@@ -210,7 +211,7 @@ def test_wrong_argument_is_named(work, monkeypatch, args, message):
     assert not (work/'results'/'wrong').exists()
 
 
-@pytest.mark.parametrize('name', ['', '.', '..', 'x/..', '../x', 'x/y', '/x'])
+@pytest.mark.parametrize('name', ['', '.', '..', 'x/..', '../x', 'x/y', '/x', '-x', 'a\nb'])
 def test_a_run_has_a_name(work, monkeypatch, name):
     monkeypatch.chdir(work)
     with pytest.raises(ValueError, match='not a name for a run'): fit('quick', TINY, name=name)
@@ -472,6 +473,34 @@ def test_figures_are_counted_in_float32(work, monkeypatch):
     with quiet_lightning(): folder = fit('quick', [*TINY, '--trainer.precision=bf16-true', '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--model.schedule=step'], name='half')
     record = read_record(folder)
     assert record['test']['n'] == record['data']['n_test'] > 256 and record['test']['loss'] != torch.tensor(record['test']['loss']).bfloat16().item()
+
+
+def test_parts_of_a_batch_count_alike_where_each_image_is_seen_twice():
+    "The share of a part goes by the images that the loader took, not by what was made of them."
+    def mirrored(batch):
+        images, labels = (torch.stack(part) for part in zip(*batch))
+        return dict(img=torch.cat([images, images.flip(3)]), label=labels.repeat(2))
+    seen = []
+    class Watched(Classifier):
+        def _weight(self, batch_idx):
+            seen.append(super()._weight(batch_idx))
+            return seen[-1]
+    loader = DataLoader(TensorDataset(torch.randn(20, 3, 8, 8), torch.arange(20) % 10), 8, collate_fn=mirrored)
+    with quiet_lightning(): Trainer(accelerator='cpu', max_epochs=1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(Watched('fishnet73', dict(widths=[8, 16], tail=[1, 1])), loader)
+    assert seen == [1, 1, 2]  # the last step has one part of two
+
+
+def test_a_one_cycle_schedule_wants_to_know_its_steps():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True: yield dict(img=torch.zeros(3, 8, 8), label=0)
+    trainer = Trainer(accelerator='cpu', max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    with quiet_lightning(), pytest.raises(ValueError, match='max_steps where a loader'): trainer.fit(Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), schedule='onecycle'), DataLoader(Endless(), 4))
+
+
+def test_what_a_checkpoint_may_not_hold_is_named(tmp_path):
+    torch.save(dict(state_dict={}, hyper_parameters={}, datamodule_hyper_parameters=dict(root=tmp_path)), tmp_path/'own.ckpt')
+    with pytest.raises(ValueError, match='such as pathlib.*data module have to be plain'): read_checkpoint(tmp_path/'own.ckpt')
 
 
 def test_training_begins_with_the_weights_in_the_package(work, tmp_path, monkeypatch):
