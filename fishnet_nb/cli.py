@@ -169,7 +169,7 @@ def _run_predict(args: argparse.Namespace) -> int:
     """The three most likely classes of each image, with confidences, by the network in the package, which knows the classes of CIFAR-10, or by your own.
     Images of any size are scaled to 32×32 pixels; of those that can't be read, a line each says why."""
     from fishnet_nb.testing import find_checkpoint, load_trained
-    classifier, names = load_trained(args.checkpoint and find_checkpoint(args.checkpoint))
+    classifier, names = load_trained(None if args.checkpoint is None else find_checkpoint(args.checkpoint))
     if (channels := classifier.hparams.in_channels) != 3: raise ValueError(f'{args.checkpoint} takes images of {channels} channels, and 3 are needed here')
     rows, wrong = [('image', '1st', '2nd', '3rd')], []
     for path in args.images:

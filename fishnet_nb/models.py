@@ -212,7 +212,7 @@ def replacing(
         os.replace(scratch, path)
     except OSError as error:
         advice = ': make room, then go on'*(error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        raise OSError(error.errno, f'could not be written ({error.strerror}); what was written before is intact{advice}', str(path)) from error
+        raise OSError(error.errno, f'could not be written ({error.strerror or error}); what was written before is intact{advice}', str(path)) from error
     finally: scratch.unlink(missing_ok=True)
 
 def save_weights(

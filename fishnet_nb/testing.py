@@ -72,7 +72,7 @@ def find_checkpoint(
     root: str | Path = 'results',  # where runs are kept
 ) -> Path:
     "The best checkpoint of a run, or the file itself. FileNotFoundError if there is none, ValueError for an empty name."
-    if str(run) in ('', '.'): raise ValueError('the name of the run is empty: give that of a folder in results/, or of a checkpoint')
+    if not str(run): raise ValueError('the name of the run is empty: give that of a folder in results/, or of a checkpoint')
     folders = [Path(run), Path(root)/run]
     path = next((path for path in (Path(run), *(folder/'checkpoints'/'best.ckpt' for folder in folders)) if path.is_file()), None)
     if path is not None: return path
