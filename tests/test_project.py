@@ -143,6 +143,9 @@ def test_page_of_results_has_the_thin_runs_and_the_trials():
         record = read_record(ROOT/'results'/name)
         ending = f'| {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["wall_s"]/60:.1f} min |'
         assert any(line.startswith(f'| {Path(name).name} |') and line.endswith(ending) for table in tables for line in table.splitlines()), name
+    record = read_record(ROOT/'results/trials/cpu-wide')
+    ending = f'| {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["test"]["top5_error"]:.1%} | {record["wall_s"]/60:.1f} min |'
+    assert any(line.startswith('| cpu-wide |') and ending in line for table in tables for line in table.splitlines())
 
 
 def test_page_of_results_has_the_first_epochs_in_full_width():
