@@ -125,7 +125,8 @@ def _run_test(args: argparse.Namespace) -> int:
     from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, record_test, test_run
     path = pretrained_path('fishnet73') if args.tested is None else find_checkpoint(args.tested)
     found, module = test_run(path, args.data)
-    classifier, _ = load_trained(path)
+    classifier, names = load_trained(path)
+    if not {*names} & {*module.classes}: print(f'note: the network knows the classes {", ".join(names)}, and the data has {", ".join(module.classes)}; its first class counts as the first of the data, and so on', file=sys.stderr)
     tests = {'alone': found}
     if classifier.hparams.mirror: tests = {'mirrored': found, 'alone': evaluate(classifier.model.to(best_device()), module.test_dataloader())}
     folder, info = Path('results/pretrained') if args.tested is None else _folder_of(path), module.data_info()
@@ -237,6 +238,10 @@ def _sizes(args: argparse.Namespace) -> dict:
     "What the command line changes of a model's size, as `create_model` takes it."
     return {key: value for key in ('widths', 'tail', 'k', 'stem_stride') if (value := getattr(args, key)) is not None}
 
+def _short(value: float) -> str:
+    "Two digits after the point, or three that count."
+    return f'{value:,.2f}' if value >= 1 else f'{value:.3g}'
+
 def _run_summary(args: argparse.Namespace) -> int:
     "The stages of a model, its parameters and its operations; of each stage the side of its images, the channels it hands on, residual blocks and layers."
     from fishnet_nb.models import count_complexity, create_model, stage_table
@@ -247,7 +252,7 @@ def _run_summary(args: argparse.Namespace) -> int:
     print(_table([('stage', 'works at', 'hands on', 'channels', 'blocks', 'layers'),
                   *((r.stage, f'{r.side}×{r.side}', f'{r.out_side}×{r.out_side}', r.out_channels, r.blocks, r.layers) for r in rows),
                   ('all', '', '', '', sum(r.blocks for r in rows), sum(r.layers for r in rows))]))
-    print(f'\n{args.model}: {params:,} parameters; {flops/1e9:.3g} GFLOPs, {macs/1e9:.3g} GMACs for an image of {side}×{side}')
+    print(f'\n{args.model}: {params:,} parameters; {_short(flops/1e9)} GFLOPs, {_short(macs/1e9)} GMACs for an image of {side}×{side}')
     return 0
 
 # %% ../nbs/cli.ipynb #c3289ef3
@@ -259,7 +264,9 @@ def _run_bench(args: argparse.Namespace) -> int:
     from fishnet_nb.models import create_model
     from fishnet_nb.training import free_path, write_atomically
     with torch.device('meta'): create_model(args.model, **_sizes(args))  # or an error now
-    path = free_path(Path('results')/'bench'/(args.name or args.model), '.json')
+    name = args.model if args.name is None else args.name
+    if not name or Path(name).name != name: raise ValueError(f'--name {name!r}: the name of a record in results/bench is expected')
+    path = free_path(Path('results')/'bench'/name, '.json')
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()  # or an error now, before all the measuring
     def keep(record: dict) -> None: write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
@@ -544,7 +551,9 @@ def _one_line(error: BaseException | str) -> str:
 
 def _explain(error: Exception) -> str:
     "What is said of an error."
-    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename and error.errno: return f'error: {error.filename} can\'t be made or used as a folder: a file is in its place; move that away'
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename and error.errno:
+        inner = next((path for path in (Path(error.filename), *Path(error.filename).parents) if path.is_file()), error.filename)
+        return f'error: {inner} is a file, and a folder is needed in its place: move it away'
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)): return f'error: {_one_line(error)}'
     return f'error: {type(error).__name__}: {_one_line(error)}'
 

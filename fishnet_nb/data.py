@@ -508,7 +508,7 @@ class CIFARDataset(Dataset):
         seed: int | None = None,  # given, an image's draw depends on (seed, epoch, index) alone, with an `EpochSampler` for the epoch; None: PyTorch's generator decides
     ):
         labels = _checked_labels(images, labels)
-        if not isinstance(transform, A.BaseCompose | None): raise TypeError(f'transform is a {type(transform).__module__}.{type(transform).__name__}: what albumentations composes is expected, such as `train_transform()`')
+        if not isinstance(transform, A.BaseCompose | A.BasicTransform | None): raise TypeError(f'transform is a {type(transform).__module__}.{type(transform).__name__}: one of albumentations is expected, such as `train_transform()`')
         self.images, self.labels, self.seed = images, labels, seed
         self.transform = transform or test_transform()
 

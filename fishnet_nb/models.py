@@ -212,7 +212,8 @@ def replacing(
         os.replace(scratch, path)
     except OSError as error:
         advice = ': make room, then go on'*(error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        raise OSError(error.errno, f'could not be written ({error.strerror or error}); what was written before is intact{advice}', str(path)) from error
+        message = f'could not be written ({error.strerror or error}); what was written before is intact{advice}'
+        raise (OSError(error.errno, message, str(path)) if error.errno else OSError(f'{path} {message}')) from error
     finally: scratch.unlink(missing_ok=True)
 
 def save_weights(
@@ -241,7 +242,7 @@ def save_weights(
     try:
         with replacing(path) as scratch:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
-    except SafetensorError as error: raise OSError(f'{path} could not be written ({error}); what was written before is intact: make room, then go on') from error
+    except SafetensorError as error: raise OSError(f'{path} could not be written ({error}); what was written before is intact') from error
     return Path(path)
 
 def read_weights(

@@ -549,7 +549,7 @@ def read_checkpoint(
     try: content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r'GLOBAL (\S+)', str(error))
-        raise ValueError(f'{path} is refused: it is no checkpoint, or holds more than tensors and plain values{f", such as {asked[1][:80]}" if asked else ""}; the hyperparameters of a data module have to be plain, too') from None
+        raise ValueError(f'{path} is refused: it is no checkpoint, or holds more than tensors and plain values{f", such as {asked[1][:80]!r}; the hyperparameters of a data module have to be plain, too" if asked else ""}') from None
     except Exception as error:  # the unpickler raises all sorts
         raise ValueError(f'{path} is damaged, or no checkpoint ({shorten(str(error), 100, placeholder="…") or type(error).__name__}): give another, or train again') from None
     weights = content.get('state_dict') if isinstance(content, dict) else None
@@ -641,8 +641,9 @@ def _parse(
     try: content = yaml.load(config.read_text(encoding='utf-8'), yaml.BaseLoader)
     except UnicodeDecodeError: content = None
     except yaml.YAMLError: content = {}  # the parser says where it breaks off
-    for part in 'model', 'data', 'trainer':
-        if isinstance(content, dict) and not isinstance(content.get(part, {}), dict): raise ValueError(f'{config}: {part} is {str(content[part])[:80]!r}, and entries are expected, one a line, as in {recipe_path("quick")}')
+    for part, entries in content.items() if isinstance(content, dict) else ():
+        if part in ('model', 'data', 'trainer') and not isinstance(entries, dict) and not (isinstance(entries, str) and (config.parent/entries).is_file()):
+            raise ValueError(f'{config}: {part} is {str(entries)[:80]!r}, and entries are expected, one a line, as in {recipe_path("quick")}')
     if not isinstance(content, dict): raise ValueError(f'{config} is no recipe: a text in YAML is expected, with entries such as model, data and trainer; {recipe_path("quick")} is one to begin with')
     defaults = dict(logger=False, use_distributed_sampler=False, enable_progress_bar=_has_bar(), enable_model_summary=False, enable_checkpointing=False,
                     num_sanity_val_steps=0)

@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
 class ThreeHeads(nn.Module):
     "A backbone with heads for image, region and pixel: [N, 3, H, W] -> `Outputs`. ValueError for a name that isn't in `PIXELS`."
     def __init__(self,
-        backbone: nn.Module,  # a model of this library; one with `features_only` may be compiled
+        backbone: nn.Module,  # has `forward_features` and `feature_channels`, finest first; a model of this library with `features_only` may be compiled
         num_classes: int,  # without the background
         pixels: str = 'all',  # one of `PIXELS`
     ):
@@ -53,7 +53,7 @@ class ThreeHeads(nn.Module):
         self.pixel = nn.ModuleList(nn.Sequential(activated(channels[i]), nn.Conv2d(channels[i], 1 + num_classes, 1)) for i in self.used)
 
     def forward(self, x: Tensor) -> Outputs:
-        features = self.backbone(x) if self.backbone.classifier is None else self.backbone.forward_features(x)
+        features = self.backbone(x) if getattr(self.backbone, 'classifier', self) is None else self.backbone.forward_features(x)
         last = self.last(features[-1])
         pixels = sum(F.interpolate(head(features[i]), x.shape[2:], mode='bilinear') for head, i in zip(self.pixel, self.used))
         return Outputs(self.image(last), box_convert(.5 + self.region(last), 'cxcywh', 'xyxy'), pixels)

@@ -533,7 +533,7 @@ def test_labels_are_whole_numbers_one_for_each_image():
     for make in CIFARDataset, data.DeviceDataset:
         for labels in (np.zeros((2, 1), np.int64), np.zeros(2)):
             with breaks(ValueError, 'whole numbers are expected'): make(images, labels)
-    with breaks(TypeError, 'what albumentations composes'): CIFARDataset(images, np.zeros(2, np.int64), lambda image: image)
+    with breaks(TypeError, 'one of albumentations is expected'): CIFARDataset(images, np.zeros(2, np.int64), lambda image: image)
 
 
 @pytest.mark.parametrize('wrong', [dict(batch_size=2.5), dict(batch_size='a'), dict(seed=1.5), dict(num_workers=1.5), dict(cutout_px=2.5), dict(cutout_px=33), dict(val_fraction='half')])

@@ -500,7 +500,7 @@ def test_a_one_cycle_schedule_wants_to_know_its_steps():
 
 def test_what_a_checkpoint_may_not_hold_is_named(tmp_path):
     torch.save(dict(state_dict={}, hyper_parameters={}, datamodule_hyper_parameters=dict(root=tmp_path)), tmp_path/'own.ckpt')
-    with pytest.raises(ValueError, match='such as pathlib.*data module have to be plain'): read_checkpoint(tmp_path/'own.ckpt')
+    with pytest.raises(ValueError, match="such as 'pathlib.*data module have to be plain"): read_checkpoint(tmp_path/'own.ckpt')
 
 
 def test_training_begins_with_the_weights_in_the_package(work, tmp_path, monkeypatch):
