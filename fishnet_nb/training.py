@@ -632,15 +632,25 @@ def _has_bar() -> bool:
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
 # %% ../nbs/07_training.ipynb #1c4eac68
+def _repeated(node: yaml.Node | None) -> Iterator[str]:
+    "Keys that stand twice in the same mapping of a YAML text."
+    if not isinstance(node, yaml.MappingNode): return
+    names = [str(key.value) for key, _ in node.value]
+    yield from (name for name in dict.fromkeys(names) if names.count(name) > 1)
+    for _, part in node.value: yield from _repeated(part)
+
 def _parse(
     config: Path,  # a recipe, or the config.yaml of a run
     args: ArgsType,  # what is changed in it
 ) -> RecipeCLI:
     "The classifier, data module and trainer of a recipe. ValueError for an argument that doesn't exist or fit, or a file that is no recipe."
     from jsonargparse import ArgumentError
-    try: content = yaml.load(config.read_text(encoding='utf-8'), yaml.BaseLoader)
-    except UnicodeDecodeError: content = None
-    except yaml.YAMLError: content = {}  # the parser says where it breaks off
+    try:
+        text = config.read_text(encoding='utf-8')
+        content, twice = yaml.load(text, yaml.BaseLoader), [*_repeated(yaml.compose(text))]
+    except UnicodeDecodeError: content, twice = None, []
+    except yaml.YAMLError: content, twice = {}, []  # the parser says where it breaks off
+    if twice: raise ValueError(f'{config}: {", ".join(twice)} given twice; the last one alone would count, so join them')
     for part, entries in content.items() if isinstance(content, dict) else ():
         if part in ('model', 'data', 'trainer') and not isinstance(entries, dict) and not (isinstance(entries, str) and (config.parent/entries).is_file()):
             raise ValueError(f'{config}: {part} is {str(entries)[:80]!r}, and entries are expected, one a line, as in {recipe_path("quick")}')

@@ -95,7 +95,7 @@ def test_wrongly_typed(args, message): refused(message, *args)
     (['fit', 'quik'], 'did you mean'), (['fit', 'none.yaml'], 'none.yaml is missing'), (['fit', 'quick', '--trainer.max_epoch=3'], 'did you mean --trainer.max_epochs?'),
     (['fit', 'quick', '--nmae', 'x'], 'did you mean --name?'), (['fit', 'quick', '--modle.lr=1'], 'did you mean --model.lr?'), (['test', 'begun'], 'go on by `fishnet-nb fit quick --name begun --resume`'), (['test', ''], 'is empty'), (['test', 'tiny', '--data', ''], 'is empty'), (['fit', 'quick', '--model.lr=fast'], 'lr'), (['fit', 'quick', '--trainer.accelerator=gpus'], 'gpus'),
     (['fit', 'quick', '--data.augment=foo'], "'student', 'standard'"), (['fit', 'quick', '--model.arch=fishnet98'], 'did you mean'), (['fit', 'quick', '--name', 'never', '--resume'], 'no run to resume'),
-    (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), *((['fit', f'{name}.yaml'], f'{name}.yaml is no recipe') for name in ('empty', 'items', 'binary')), (['fit', 'number.yaml'], "number.yaml: data is '5'"), (['predict', '/dev/null'], 'no plain file'),
+    (['fit', 'cpu'], '--download'), (['fit', 'broken.yaml'], 'broken.yaml'), *((['fit', f'{name}.yaml'], f'{name}.yaml is no recipe') for name in ('empty', 'items', 'binary')), (['fit', 'number.yaml'], "number.yaml: data is '5'"), (['fit', 'twice.yaml'], 'twice.yaml: model, lr given twice'), (['predict', '/dev/null'], 'no plain file'),
     (['data', '--shapes', '--sheet', 'noext'], '--sheet noext'), (['data', '--shapes', '--sheet', 'broken.yaml/x.png'], 'error: broken.yaml is a file'), (['data', '--shapes', '--sheet', 'broken.yaml/sub/x.png'], 'error: broken.yaml is a file'), (['bench', 'fishnet73', '--name', ''], "--name ''"), (['bench', 'fishnet73', '--name', '../x'], 'results/bench is expected'), (['summary', 'fishnet98'], 'fishnet99'), (['summary', 'resnet50', '--k', '2'], 'no argument k'),
     (['summary', 'fishnet99', '--widths', '64', '128', '256', '511'], 'b3'), (['summary', 'fishnet99', '--input-size', '20'], '20'), (['data'], '--download'),
     (['test', 'no-such-run'], 'there are tiny'), (['test', 'kept'], 'without checkpoints'), (['test', 'garbage.ckpt'], 'garbage.ckpt'), (['test', 'results'], 'neither'),
@@ -115,7 +115,7 @@ def make_broken_files(folder: Path) -> None:
     "Checkpoints, recipes and records that can't be used."
     for name in 'garbage.ckpt', 'garbage.safetensors': Path(name).write_bytes(b'garbage')
     Path('broken.yaml').write_text('model: {arch: [')
-    for name, content in dict(empty=b'', items=b'- 1\n- 2\n', binary=b'\x80\x02\xff\x00', number=b'data: 5\n').items(): Path(f'{name}.yaml').write_bytes(content)
+    for name, content in dict(empty=b'', items=b'- 1\n- 2\n', binary=b'\x80\x02\xff\x00', number=b'data: 5\n', twice=b'model: {lr: .1}\nmodel: {lr: .2, lr: .3}\n').items(): Path(f'{name}.yaml').write_bytes(content)
     record = json.loads((folder/'results'/'tiny'/'record.json').read_text())
     broken = dict(kept=record, half={'status': 'finished'}, list=[], stopped={**record, 'status': 'interrupted'}, begun={**record, 'name': 'begun', 'status': 'running'},
                   nan={**record, 'test': {**record['test'], 'top1_error': math.nan}}, earlier={**record, 'earlier': [{}]}, nameless={**record, 'name': ''}, hash={**record, 'data': {**record['data'], 'sha256': 5}},
