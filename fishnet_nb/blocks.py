@@ -114,6 +114,7 @@ def make_layer(
     repeat_shortcut: bool = False,  # the first block's shortcut repeats channels
 ) -> nn.Sequential:  # [N, in_channels, H, W] -> [N, out_channels, H, W]
     "`n_blocks` bottlenecks in a row; the first changes the channels and is dilated. ValueError for no blocks that should change the channels."
+    if n_blocks < 0: raise ValueError(f'{n_blocks} blocks: their number is at least 0')
     if not n_blocks and in_channels != out_channels: raise ValueError(f'no blocks to make {out_channels} channels of {in_channels}')
     first = [Bottleneck(in_channels, out_channels, dilation, preact, repeat_shortcut=repeat_shortcut)] if n_blocks else []
     return nn.Sequential(*first, *(Bottleneck(out_channels, out_channels, preact=preact) for _ in range(n_blocks - 1)))

@@ -539,7 +539,8 @@ def stratified_split(
     fraction: float,  # share of each class that goes to validation
     seed: int,  # another seed, another draw
 ) -> tuple[np.ndarray, np.ndarray]:  # indices for training, indices for validation, both ascending
-    "Splits each class at random by the same share, rounded to whole images."
+    "Splits each class at random by the same share, rounded to whole images. ValueError for what is no share."
+    if not 0 <= fraction <= 1: raise ValueError(f'{fraction=}: a share from 0 to 1 is expected')
     is_val = np.zeros(len(labels), bool)
     for k in np.unique(labels):
         members = np.flatnonzero(labels == k)

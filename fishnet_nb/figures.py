@@ -115,6 +115,7 @@ def draw_fish(
     side: int = 32,  # side of the image, px
 ) -> Figure:
     "A FishNet from top to bottom: the stages with what they hand on, and the features that cross over. ValueError for a side that the stages don't divide."
+    if not hasattr(model, 'head'): raise ValueError(f'a {type(model).__name__} has no body and head: a FishNet is expected')
     rows, links = stage_table(model, side), find_links(model, side)
     coarsest = min(row.out_side for row in rows)
     halvings = max(row.out_side for row in rows).bit_length() - coarsest.bit_length()
@@ -182,6 +183,7 @@ def draw_stage(
     "What happens in a stage of body or head, with the shape of each feature: eqs. (4) to (7), or (9), of Sun et al. 2018. The thick line has no weights."
     is_body, shapes = isinstance(stage, BodyStage), _shapes_in_stage(stage, side)
     boxes = _stage_boxes(is_body)
+    if not is_body and isinstance(stage.refine.down, nn.Identity): boxes['out'] = boxes['out']._replace(text='to the classifier')  # the last one isn't pooled
     fig, ax = _canvas(4.8, 5.05)
     for name, box in boxes.items(): _box(ax, box.x, box.y, f'{box.text}\n{shapes[name]}', color=box.color)
     down = [box for box in boxes.values() if box.x < 2]

@@ -233,7 +233,8 @@ def plot_confusion(
     found: Evaluation,  # from `evaluate`
     classes: Sequence[str],  # the name of each class
 ) -> Figure:
-    "The confusion matrix, in percent of each right class."
+    "The confusion matrix, in percent of each right class. ValueError unless each class has a name."
+    if len(classes) != found.logits.shape[1]: raise ValueError(f'{len(classes)} names for {found.logits.shape[1]} classes: one for each is expected')
     counts = confusion_matrix(found).double()
     percent = (100*counts/counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     fig, ax = plt.subplots(figsize=(6, 5.4), layout='constrained')
@@ -253,7 +254,9 @@ def plot_predictions(
     classes: Sequence[str],  # the name of each class
     n: int = 24,  # images to show, from the first on
 ) -> Figure:
-    "The first `n` images with the predicted class and its confidence; wrong ones in red, with the right class."
+    "The first `n` images with the predicted class and its confidence; wrong ones in red, with the right class. ValueError unless there is an image for each prediction."
+    if len(images) != len(found.labels): raise ValueError(f'{len(images)} images and {len(found.labels)} predictions: the images that were evaluated are expected')
+    if not is_whole(n): raise ValueError(f'{n=}: a whole number of images is expected, from 1 up')
     confidences, predicted = found.logits[:n].softmax(1).max(1)
     columns = 6
     rows = -(-len(predicted)//columns)

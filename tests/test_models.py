@@ -14,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fishnet_nb.bench import Setting, make_step
-from fishnet_nb.blocks import init_weights, reduce_channels
+from fishnet_nb.blocks import init_weights, make_layer, reduce_channels
 from fishnet_nb.channels import plan_channels
-from fishnet_nb.data import check_images, find_data
+from fishnet_nb.data import check_images, find_data, stratified_split
+from fishnet_nb.figures import draw_fish, draw_stage
 from fishnet_nb.models import count_complexity, create_model, load_weights, named_stages, pretrained_path, read_weights, save_weights, stage_table
 from fishnet_nb.shapes import make_shapes, write_shapes
-from fishnet_nb.testing import evaluate, load_trained, test_run, top_k_errors
+from fishnet_nb.testing import Evaluation, evaluate, load_trained, plot_confusion, plot_predictions, test_run, top_k_errors
 from fishnet_nb.training import Classifier, compile_problem, recipe_path
 from fishnet_nb.versatility import ThreeHeads
 
@@ -117,6 +118,12 @@ def test_hooks_reach_every_stage_of_a_backbone(name):
     features = backbone(torch.randn(1, 3, 8, 8))
     assert seen == list(stages) and [f.shape[1] for f in features] == list(backbone.feature_channels)
     assert stage_table(backbone, 8)[-1].out_channels == features[-1].shape[1]
+
+
+def test_the_last_stage_is_drawn_without_a_pooling():
+    stages = thin(widths=(8, 16), tail=(1, 1)).head.stages
+    told = [''.join(text.get_text() for text in draw_stage(stages[name], 8).axes[0].texts) for name in ('h1', 'h2')]
+    assert ['max-pool' in text for text in told] == [True, False] and 'to the classifier' in told[1]
 
 
 def test_weights_begin_anew_where_a_model_had_no_memory():
@@ -221,6 +228,8 @@ def test_weights_in_the_package_that_were_damaged_are_refused(tmp_path, monkeypa
     (ValueError, lambda: Classifier('fishnet73')(torch.zeros(3, 32, 32))), (TypeError, lambda: Classifier('fishnet73')(np.zeros((1, 3, 32, 32), np.float32))),
     (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=5)), (ValueError, lambda: top_k_errors(torch.zeros(2, 4), torch.zeros(2).long(), ks=(1.5,))), (ValueError, lambda: count_complexity(thin(), 32)), (ValueError, lambda: count_complexity(thin(), (3, -8, 8))),
     (ValueError, lambda: Classifier('fishnet73', lr='fast')), (ValueError, lambda: Classifier('fishnet73', weight_decay=-1)), (ValueError, lambda: make_shapes(2.5)), (ValueError, lambda: write_shapes('nowhere', seed=-1)),
+    (ValueError, lambda: draw_fish(create_model('resnet50', widths=(8, 16), tail=(1, 1)))), (ValueError, lambda: make_layer(8, 8, -1)), (ValueError, lambda: stratified_split(np.arange(4), 2, 0)),
+    (ValueError, lambda: plot_confusion(Evaluation(torch.eye(4), torch.arange(4), 0., 0.), 'abc')), (ValueError, lambda: plot_predictions(Evaluation(torch.eye(4), torch.arange(4), 0., 0.), np.zeros((3, 3, 32, 32), np.uint8), 'abcd')),
     (ValueError, lambda: make_shapes(0)), (ValueError, lambda: check_images(make_shapes(2), n=0)), (ValueError, lambda: check_images(np.zeros((0, 3, 32, 32), np.uint8))), (FileNotFoundError, lambda: load_weights('none.safetensors')), (FileNotFoundError, lambda: recipe_path('none.yaml'))])
 def test_errors_are_of_the_type_that_is_documented(error, call):
     with pytest.raises(error): call()
