@@ -371,7 +371,7 @@ def _repeatable(
     try:
         if record['status'] not in ('finished', NOT_FINITE): raise ValueError(f'{given}: the run was {record["status"]}, so there is no result to reproduce')
         config, _ = _hyperparameters(record, given), (record['data']['sha256'], record['versions']['torch'], record['device'], record['commit'])
-        _circumstances(record, record)
+        _circumstances(record, record)  # or an error now, and not after the training
         for key, value in dict(name=record['name'], recipe=record['recipe'], **{f'data.{key}': record['data'][key] for key in ('sha256', 'description')}).items():
             if not isinstance(value, str) or not value: raise TypeError(f'{key} is {value!r}')
         if record['status'] == 'finished':

@@ -163,8 +163,9 @@ class _Reader:
 
     def find(self, module: str, name: str) -> None:
         asked = f'{_text(module)}.{_text(name)}'
-        hint = ' (numbers of numpy in a list? write them as an array, or by `.tolist()`)' if asked.endswith('.multiarray.scalar') else ''
-        if asked not in _ADMITTED: raise _Refused(f'it asks for {asked[:80]!r}{hint}, and only numpy\'s array reconstruction is admitted')
+        if asked not in _ADMITTED:
+            hint = ' (numbers of numpy in a list? write them as an array, or by `.tolist()`)' if asked.endswith('.multiarray.scalar') else ''
+            raise _Refused(f'it asks for {asked[:80]!r}{hint}, and only numpy\'s array reconstruction is admitted')
         self.push(_Global(asked))
 
     def reduce(self) -> None:
