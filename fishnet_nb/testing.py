@@ -10,7 +10,9 @@ __all__ = ['top_k_errors', 'Evaluation', 'evaluate', 'find_checkpoint', 'best_de
 # %% ../nbs/08_testing.ipynb #b66b4116
 import hashlib
 import json
+import math
 import os
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -204,7 +206,7 @@ def record_test(
 def plot_history(
     run: str | Path,  # a run's folder, or its metrics.csv
 ) -> Figure:
-    "Loss and micro F1 of training and validation, epoch by epoch, in two panels. FileNotFoundError if there are no metrics, ValueError for damaged ones."
+    "Loss and micro F1 of training and validation, epoch by epoch, in two panels; the loss by its logarithm where an epoch's is far above all others. FileNotFoundError if there are no metrics, ValueError for damaged ones."
     path = Path(run)/'metrics.csv' if Path(run).is_dir() else Path(run)
     rows = read_metrics(path)
     if not rows: raise FileNotFoundError(f'{path} is missing or empty: give the folder of a run with at least one epoch')
@@ -217,6 +219,8 @@ def plot_history(
         ax.set(xlabel='epoch', ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_ylim(0, 1)
+    losses = [loss for row in rows for loss in (row['train_loss'], row['val_loss']) if math.isfinite(loss)]
+    if losses and max(losses) > 20*statistics.median(losses): axes[0].set_yscale('log')
     axes[0].legend()
     plt.close(fig)
     return fig

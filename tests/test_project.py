@@ -148,13 +148,13 @@ def test_page_of_results_has_the_thin_runs_and_the_trials():
     assert any(line.startswith('| cpu-wide |') and ending in line for table in tables for line in table.splitlines())
 
 
-def test_page_of_results_has_the_first_epochs_in_full_width():
-    from fishnet_nb.training import read_metrics
-    text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
-    rows, others = (read_metrics(ROOT/'results'/name/'metrics.csv') for name in ('trials/student-begins', 'thin/student-recipe'))
-    assert rows and len(others) > len(rows)
-    for full, thin in zip(rows, others):
-        assert f'| {full["epoch"] + 1} | {full["train_loss"]:.2f} | {thin["train_loss"]:.2f} | {full["val_top1_error"]:.1%} | {thin["val_top1_error"]:.1%} |' in text
+def test_page_of_results_has_the_student_run_beside_what_is_handed_down():
+    from fishnet_nb.training import read_record
+    text, record = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8'), read_record(ROOT/'results/student')
+    assert (record['hparams']['model']['arch'], record['epochs']) == ('fishnet99', 30)
+    for name, told, key in ('top-1', '27.0', 'top1_error'), ('top-5', '1.7', 'top5_error'): assert f'| {name} error | {told} % | {100*record["test"][key]:.1f} % |' in text
+    front = (ROOT/'nbs/index.ipynb').read_text(encoding='utf-8')
+    assert f'ends at {100*record["test"]["top1_error"]:.1f} % and {100*record["test"]["top5_error"]:.1f} %' in front
 
 
 def test_page_of_results_has_the_runs_of_best():
