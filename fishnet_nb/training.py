@@ -448,6 +448,7 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
             signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else self.be_told)  # the first rank ends the others
         stopping = trainer.early_stopping_callback
         if stopping and stopping.wait_count >= stopping.patience: trainer.should_stop = True  # it was killed when it had no more epochs to go
+        if module.hparams.compile and trainer.is_global_zero: print('the network is compiled, by which the first epoch takes minutes longer', flush=True)
         self.epoch_started = time.perf_counter()
 
     def be_told(self, *_: object) -> None: self.is_told = True

@@ -335,12 +335,13 @@ def test_nothing_of_slurm_is_taken_for_the_run(work, monkeypatch):
     assert seen == [before]  # nothing waits for the signal that says so
 
 
-def test_compiled_run_goes_on_and_is_tested(work, monkeypatch):
+def test_compiled_run_goes_on_and_is_tested(work, monkeypatch, capsys):
     "As `best` is trained: compiled, with averaged weights, in bfloat16, validated by mirror images too."
     if problem := compile_problem(torch.device('cpu')): pytest.skip(problem)
     monkeypatch.chdir(work)
     args = [*AVERAGED, '--model.compile=true', '--trainer.precision=bf16-mixed', '--trainer.limit_train_batches=2', '--trainer.limit_test_batches=2']
     folder = fit('quick', [*args, '--model.schedule=step', '--trainer.max_epochs=2'], name='compiled')
+    assert 'compiled, by which the first epoch takes minutes longer' in capsys.readouterr().out
     assert fit('quick', ['--trainer.max_epochs=3'], name='compiled', resume=True) == folder
     assert read_record(folder)['status'] == 'finished' and len(figures(folder)) == 3
     eager, content = load_classifier(folder/'checkpoints'/'best.ckpt'), read_checkpoint(folder/'checkpoints'/'best.ckpt')
