@@ -426,7 +426,7 @@ def _write_metrics(
     write_atomically(path, '\n'.join([','.join(COLUMNS), *(','.join(repr(row[c]) for c in COLUMNS) for row in rows)]) + '\n')
 
 class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module has logged its epoch
-    "Writes metrics.csv after each epoch, and record.json at the beginning and at the end of a run; stops a run whose loss is no longer finite."
+    "Writes metrics.csv and record.json after each epoch, the record at the beginning and at the end of a run, too; stops a run whose loss is no longer finite."
     def __init__(self,
         folder: Path,  # the run's folder
         record: dict,  # what is known before the run
@@ -481,6 +481,7 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
             img_per_s=round(found['train_n'] / self.trained_s, 1))
         self.rows.append(row)
         if trainer.is_global_zero: _write_metrics(self.folder/'metrics.csv', self.rows)
+        self.write(trainer, status='running')
         if trainer.progress_bar_callback is None and trainer.is_global_zero: print(_epoch_line(row, trainer.max_epochs), flush=True)
         if not all(math.isfinite(row[key]) for key in ('train_loss', 'val_loss')):
             raise FloatingPointError(f'the loss is no longer finite in epoch {row["epoch"]} (training {row["train_loss"]}, validation {row["val_loss"]}): '
