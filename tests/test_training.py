@@ -22,8 +22,8 @@ from fishnet_nb import training
 from fishnet_nb.data import CIFAR_CLASSES, CIFARDataModule
 from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights
 from fishnet_nb.shapes import write_shapes
-from fishnet_nb.testing import export_weights, load_trained, test_run
-from fishnet_nb.training import (Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, compile_problem, fit, list_recipes, load_classifier, quiet_lightning,
+from fishnet_nb.testing import export_weights, load_trained, plot_history, test_run
+from fishnet_nb.training import (COLUMNS, Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, compile_problem, fit, list_recipes, load_classifier, quiet_lightning,
                                  read_checkpoint, read_metrics, read_record, recipe_path, results_table, run_folder)
 
 from runs import TINY, figures, finish, Run, start, wait_for_epochs
@@ -628,3 +628,10 @@ def test_run_that_never_starts_leaves_no_folder(work, monkeypatch):
     monkeypatch.setattr(RunRecorder, 'on_fit_start', stop)
     with pytest.raises(KeyboardInterrupt): fit('quick', TINY, name='never')
     assert not (work/'results'/'never').exists()
+
+
+@pytest.mark.parametrize('loss, scale', [(2.5, 'linear'), (2e4, 'log')])
+def test_one_loss_far_above_the_others_does_not_flatten_the_plot(tmp_path, loss, scale):
+    rows = [dict.fromkeys(COLUMNS, 1.) | dict(epoch=epoch, val_loss=loss if epoch == 1 else .5) for epoch in range(4)]
+    (tmp_path/'metrics.csv').write_text('\n'.join([','.join(COLUMNS), *(','.join(str(row[column]) for column in COLUMNS) for row in rows)]))
+    assert plot_history(tmp_path).axes[0].get_yscale() == scale
