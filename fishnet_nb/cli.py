@@ -229,7 +229,7 @@ def _run_export(args: argparse.Namespace) -> int:
         run = _folder_of(Path(run))
     out = out or find_checkpoint(run).parent.parent/'weights.safetensors'
     if out.suffix != '.safetensors': raise ValueError(f'{out} is not the name of a .safetensors file')
-    path = export_weights(run, out)
+    path = export_weights(run, out, half=args.half)
     print(f'{path}: {path.stat().st_size/1e6:.1f} MB, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}')
     return 0
 
@@ -496,9 +496,10 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     "The command `export`."
-    export = _add(commands, _run_export, 'fishnet-nb export student --out fishnet99.safetensors')
+    export = _add(commands, _run_export, 'fishnet-nb export student --out fishnet99.safetensors', 'fishnet-nb export results/mine --half')
     export.add_argument('name', metavar='RUN', help="a run's name in results/, its folder, or its checkpoints/best.ckpt")
     export.add_argument('--out', metavar='FILE', type=Path, help='a .safetensors file; weights.safetensors in the folder of the run by default')
+    export.add_argument('--half', action='store_true', help='round the weights to float16, for half the size')
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:
     "The command `summary`."

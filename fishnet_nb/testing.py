@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .blocks import is_whole
+from .blocks import check_switches, is_whole
 from .data import CIFAR_CLASSES, CIFAR_MEAN, CIFAR_STD, CIFARDataModule, are_class_names, find_data, read_classes
 from .models import load_weights, pretrained_path, read_about, save_weights
 from .shapes import SHAPE_CLASSES
@@ -139,8 +139,11 @@ def export_weights(
     run: str | Path,  # a run's name under results/, or its folder
     path: str | Path,  # a .safetensors file to write
     root: str | Path = 'results',  # where runs are kept
+    half: bool = False,  # round them to float16, for half the size
 ) -> Path:
-    "Write the weights of a finished run's best checkpoint, with its record. FileNotFoundError, or ValueError for a run that isn't finished."
+    """Write the weights of a finished run's best checkpoint, with its record. FileNotFoundError, or ValueError for a run that isn't finished, and for
+    weights that float16 can't hold."""
+    check_switches(half=half)
     record, checkpoint = read_record(run, root), find_checkpoint(run, root)
     if record['status'] != 'finished': raise ValueError(f'{run!s}: the run was {record["status"]}; resume it by --resume, then export its weights')
     if not isinstance(record['hparams'], dict) or not isinstance(record['hparams'].get('model'), dict): raise ValueError(f'{run!s} is not a whole run record: its hparams name no model')
@@ -149,7 +152,9 @@ def export_weights(
     about = dict(arch=h.arch, arch_args=dict(h.arch_args or {}), num_classes=h.num_classes, in_channels=h.in_channels, classes=class_names(checkpoint),
                  input=dict(size_px=32, mean=CIFAR_MEAN, std=CIFAR_STD), mirror=h.mirror,  # whether the stated errors are of images and their mirror images
                  pretrained=record['hparams']['model'].get('pretrained', False))
-    return save_weights(classifier.model, path, about | {key: record[key] for key in ('recipe', 'data', 'test', 'seed', 'commit', 'versions', 'device', 'earlier') if key in record})
+    network = classifier.model.half() if half else classifier.model
+    if half and not all(tensor.isfinite().all() for tensor in network.state_dict().values()): raise ValueError(f'{run!s} has weights beyond ±65504, more than float16 holds: export them in full')
+    return save_weights(network, path, about | {key: record[key] for key in ('recipe', 'data', 'test', 'seed', 'commit', 'versions', 'device', 'earlier') if key in record})
 
 def load_trained(
     path: str | Path | None = None,  # a .ckpt or .safetensors file; None: the weights in the package

@@ -344,6 +344,26 @@ def test_all_published_runs_can_be_repeated():
     assert len(paths) > 20
 
 
+def test_weights_are_halved(inside, capsys):
+    "Rounded to float16 in the file and given back in float32; those that float16 can't hold are refused, and nothing is written."
+    assert main(['export', 'tiny', '--out', 'full.safetensors']) == main(['export', 'tiny', '--half', '--out', 'half.safetensors']) == 0
+    (full, about), (half, about_half) = map(read_weights, ('full.safetensors', 'half.safetensors'))
+    assert about == about_half and {tensor.dtype for tensor in half.values()} == {torch.float16, torch.int64}
+    loaded = load_weights('half.safetensors').state_dict()
+    for name, tensor in full.items(): assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], half[name].to(tensor.dtype)) and torch.equal(half[name], tensor.to(half[name].dtype))
+    assert main(['test', 'half.safetensors']) == 0
+    shutil.copytree('results/tiny', 'results/large')
+    path = Path('results/large/checkpoints/best.ckpt')
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['state_dict']['model.tail.stem.0.weight'][0] = 1e5
+    torch.save(checkpoint, path)
+    capsys.readouterr()
+    assert main(['export', 'large', '--half', '--out', 'large.safetensors']) == 2 and 'more than float16 holds: export them in full' in capsys.readouterr().err
+    assert not Path('large.safetensors').exists()
+    assert main(['export', 'large', '--out', 'large.safetensors']) == 0
+    shutil.rmtree('results/large')
+
+
 def test_run_is_named_alike_everywhere(inside, capsys):
     "By its name, its folder or its checkpoint; and the pictures of what isn't a run's have its name, for others may lie beside it."
     Image.new('RGB', (32, 32), 'red').save('here.png')
