@@ -352,5 +352,5 @@ def _create_pretrained(name: str, num_classes: int, in_channels: int, features_o
     plain = lambda value: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
     for key, value in {**kwargs, 'in_channels': in_channels}.items():
         if value is not None and plain(value) != plain(expected.get(key)):
-            raise ValueError(f'{key}={value}: the weights of {name} belong to {about["arch_args"]} and {about["in_channels"]} input channels')
+            raise ValueError(f'{key}={value}: the weights of {name} belong to {about["arch_args"]} and {about["in_channels"]} input channels; leave such arguments out, of a recipe by --model.arch_args=null')
     return load_weights(path, None if features_only else num_classes, features_only)

@@ -517,7 +517,7 @@ def test_training_begins_with_the_weights_in_the_package(work, tmp_path, monkeyp
     for name, tensor in classifier.model.named_parameters(): assert torch.equal(tensor, own[name])
     record = read_record(folder)
     assert classifier.hparams.arch_args == record['hparams']['model']['arch_args'] == read_weights(pretrained_path('fishnet73'))[1]['arch_args']
-    assert record['hparams']['model']['pretrained'] and '| fishnet73 (64, 128, 256), pretrained |' in results_table([record])
+    assert record['hparams']['model']['pretrained'] and '| fishnet73 (96, 192, 384), pretrained |' in results_table([record])
     assert read_weights(export_weights(folder, tmp_path/'tuned.safetensors'))[1]['pretrained']
     for wrong in dict(pretrained=True), dict(features_only=True):
         with pytest.raises(ValueError, match=f'arch_args has no {next(iter(wrong))}'): Classifier('fishnet73', wrong)
