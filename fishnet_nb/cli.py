@@ -284,9 +284,9 @@ def _run_data(args: argparse.Namespace) -> int:
     from fishnet_nb.data import CIFARDataModule, check_images, data_folder, data_root, download_cifar
     if args.sheet.is_dir() or args.sheet.suffix[1:].lower() not in FigureCanvasBase.filetypes: raise ValueError(f'--sheet {args.sheet}: the name of a picture is expected, such as results/images.png')
     source = str(download_cifar(data_root())) if args.download else 'shapes' if args.shapes else 'cifar10'
-    try: module = CIFARDataModule(source, val_fraction=0)
+    module = CIFARDataModule(source, val_fraction=0)
+    try: info, cifar = module.data_info(), module.cifar
     except FileNotFoundError as error: raise FileNotFoundError(f'{error}; the embedded shapes are shown by --shapes') from None
-    info, cifar = module.data_info(), module.cifar
     print(f'{info["description"]}, in {data_folder(source)}\nSHA-256 of images and labels: {info["sha256"]}\n')
     print(_table([('class', 'training', 'test'), *zip(module.classes, _counts(cifar.train_labels, module), _counts(cifar.test_labels, module)),
                   ('all', f'{info["n_train"]:,}', f'{info["n_test"]:,}')]))

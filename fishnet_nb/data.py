@@ -21,6 +21,7 @@ from itertools import chain, count
 from numbers import Real
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
+import errno
 import hashlib
 import math
 import pickletools
@@ -352,7 +353,9 @@ def download_cifar(
     otherwise = f'try again, or fetch it elsewhere and unpack it in {root}'
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         try: download_url(CIFAR_URL, scratch, md5=CIFAR_MD5)
-        except OSError as e: raise ConnectionError(f'{CIFAR_URL} could not be fetched ({e}); {otherwise}') from None
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS): raise  # not the network's
+            raise ConnectionError(f'{CIFAR_URL} could not be fetched ({e}); {otherwise}') from None
         except RuntimeError: raise ValueError(f'what came from {CIFAR_URL} does not have the MD5 {CIFAR_MD5}; {otherwise}') from None
         extract_archive(str(Path(scratch)/Path(CIFAR_URL).name))
         os.replace(Path(scratch)/CIFAR_FOLDER, folder)
@@ -550,8 +553,8 @@ def stratified_split(
 
 # %% ../nbs/01_data.ipynb #b2ebf17c
 class EpochSampler(DistributedSampler):
-    """Yields this rank's `(epoch, index)`. In training the order depends on (seed, epoch) alone, and all ranks get the same number;
-    otherwise the order is kept, and each image goes to exactly one rank. `set_epoch` says which epoch it is; until it does, each is the first one."""
+    """Yields this rank's images. In training as `(epoch, index)`, in an order that depends on (seed, epoch) alone, and all ranks get the same number;
+    otherwise as `index`, in order, and each image goes to exactly one rank. `set_epoch` says which epoch it is; until it does, each is the first one."""
     def __init__(
         self,
         n: int,  # images
@@ -573,10 +576,10 @@ class EpochSampler(DistributedSampler):
         share = self.n // self.num_replicas
         return share - 1 if share > 1 and self.batch_size > 1 and share % self.batch_size == 1 else share
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int] | int]:
         order = _shuffled(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
         epoch, n = self.epoch, len(self)  # the epoch not of the moment when an image is asked for
-        return ((epoch, int(i)) for i in order[self.rank::self.num_replicas][:n])
+        return ((epoch, i) if self.shuffle else i for i in map(int, order[self.rank::self.num_replicas][:n]))
 
 # %% ../nbs/01_data.ipynb #da10a060
 def _even_batch_size(n: int, batch_size: int, ranks: int) -> int:
@@ -741,6 +744,8 @@ class CIFARDataModule(LightningDataModule):
         check_switches(on_device=on_device)
         if on_device and num_workers: raise ValueError(f'{on_device=}, {num_workers=}: images on the device are loaded without processes; leave num_workers at 0 or None')
         _check_augment(augment, cutout_px, 32)
+        batch_size, val_fraction, seed, cutout_px = int(batch_size), float(val_fraction), int(seed), int(cutout_px)  # NumPy's numbers would be objects in a checkpoint
+        num_workers = None if num_workers is None else int(num_workers)
         self.save_hyperparameters(logger=False)
         self.first_epoch = 0  # of a run that is resumed, another
 

@@ -116,6 +116,7 @@ class Classifier(LightningModule):
         if 'features_only' in (arch_args or {}): raise ValueError('arch_args has no features_only: a classifier gives scores')
         if not _is_plain(arch_args): raise ValueError(f'arch_args={arch_args}: plain numbers and lists are expected, which a checkpoint can hold')
         self.model = create_model(arch, num_classes, in_channels, pretrained, **(arch_args or {})).to(memory_format=torch.channels_last)
+        num_classes, in_channels, lr, weight_decay, label_smoothing = int(num_classes), int(in_channels), float(lr), float(weight_decay), float(label_smoothing)  # NumPy's numbers would be objects in a checkpoint
         if pretrained: arch_args = read_about(pretrained_path(arch))['arch_args']  # so that a checkpoint says all that its network needs
         self.save_hyperparameters(ignore='pretrained')
         self.metrics = nn.ModuleDict({f'{stage}_metrics': make_metrics(num_classes) for stage in ('train', 'val', 'test')})
@@ -243,7 +244,7 @@ def _is_plain(value: object) -> bool:
     "Whether it is a number, a text, nothing, or made of such."
     if isinstance(value, dict): return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
     if isinstance(value, (list, tuple)): return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or type(value) in (bool, int, float, str)
 
 # %% ../nbs/07_training.ipynb #3cb90903
 def list_recipes() -> list[str]:
@@ -442,12 +443,14 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
         self.record |= dict(device=describe_device(trainer))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        stopping = trainer.early_stopping_callback
+        if stopping and stopping.wait_count >= stopping.patience:
+            trainer.should_stop = True  # it was stopped early, or killed when it had no more epochs to go
+            if self.earlier and self.earlier['status'] == 'finished': return
         self.rows = [row for row in self.rows if row['epoch'] < trainer.current_epoch]
         self.begin(trainer)
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
             signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else self.be_told)  # the first rank ends the others
-        stopping = trainer.early_stopping_callback
-        if stopping and stopping.wait_count >= stopping.patience: trainer.should_stop = True  # it was killed when it had no more epochs to go
         if module.hparams.compile and trainer.is_global_zero: print('the network is compiled, by which the first epoch takes minutes longer', flush=True)
         self.epoch_started = time.perf_counter()
 
@@ -688,7 +691,7 @@ def fit(
     root: str | Path = 'results',  # where runs are kept
 ) -> Path:  # the run's folder
     """Train by a recipe, test the best checkpoint, and leave record.json, metrics.csv, config.yaml and checkpoints in `root/name`.
-    ValueError for what doesn't exist or fit, FloatingPointError if the loss is no longer finite, RunInterrupted if stopped; the run can be resumed then."""
+    FileNotFoundError or ValueError for what doesn't exist or fit, FloatingPointError if the loss is no longer finite, RunInterrupted if stopped; the run can be resumed then."""
     if isinstance(args, str): raise ValueError(f'args={args!r}: a list of texts is expected')
     recipe = os.fspath(recipe)
     name = recipe_name(recipe) if name is None else name
@@ -727,7 +730,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _config(cli: RecipeCLI, recipe: str) -> str:
     "What a run's config.yaml holds."
-    return f'# recipe: {recipe_name(recipe)}\n{cli.parser.dump(cli.config)}'
+    config = cli.config.clone()
+    del config.trainer['enable_progress_bar']  # whether one can be seen may be otherwise where the run goes on
+    return f'# recipe: {recipe_name(recipe)}\n{cli.parser.dump(config)}'
 
 @contextmanager
 def _announced(folder: Path, config: str) -> Iterator[None]:
@@ -817,18 +822,19 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     try:
         trainer.fit(model, data, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
         if not recorder.has_started:  # all epochs were done before
-            if (folder/'record.json').is_file() and read_record(folder)['status'] == 'finished':
+            if earlier and earlier['status'] == 'finished':
                 if (folder/'config.yaml').read_text(encoding='utf-8') == recorder.config: return folder
-                raise ValueError(f'{folder} is finished, and by these changes no epoch is left to train: nothing was changed')
+                why = ', for it was stopped early' if trainer.should_stop else ' by these changes'
+                raise ValueError(f'{folder} is finished, and no epoch is left to train{why}: nothing was changed')
             recorder.begin(trainer)
-        found = _final(trainer, model, data, recorder.rows)
+        recorder.write(trainer, status='finished', **_final(trainer, model, data, recorder.rows))
+        folder = Path(trainer.strategy.broadcast(str(folder)))  # the other ranks don't know a new run's, and wait for its record
     except BaseException as error:
         with _ending_others(trainer), suppress(OSError):  # on a full disk, what filled it is the error
             if recorder.has_started: recorder.write(trainer, status=NOT_FINITE if isinstance(error, FloatingPointError) else 'interrupted')
         if _is_stop(trainer, recorder, error) and recorder.has_started: raise RunInterrupted(folder, len(recorder.rows)) from error
         if isinstance(error, SystemExit): raise KeyboardInterrupt from None  # Lightning makes the one of the other
         raise
-    recorder.write(trainer, status='finished', **found)
     return folder
 
 @contextmanager

@@ -5,12 +5,14 @@ import pickle
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -458,6 +460,55 @@ def test_classifier_of_a_data_module_of_ones_own(tmp_path):
     endless = Trainer(accelerator='cpu', max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     with quiet_lightning(), pytest.raises(ValueError, match='the trainer needs max_epochs'): endless.fit(Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), schedule='onecycle'), OwnImages())
     with pytest.raises(ValueError, match='own.ckpt was trained with a data module of its own: name its data by --data'): test_run(tmp_path/'own.ckpt')
+
+
+def test_numbers_of_numpy_are_plain_in_a_checkpoint(work, tmp_path, monkeypatch):
+    "So that it can be read and resumed."
+    monkeypatch.chdir(work)
+    real, whole = np.float64, np.int64
+    def classifier(): return Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), num_classes=whole(10), in_channels=whole(3), lr=real(.01), weight_decay=real(1e-4), label_smoothing=real(.1))
+    module = CIFARDataModule('shapes', batch_size=whole(8), val_fraction=real(.1), seed=whole(1), cutout_px=whole(4), num_workers=whole(0))
+    def trainer(n): return Trainer(accelerator='cpu', max_epochs=n, limit_train_batches=1, limit_val_batches=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    with quiet_lightning():
+        (first := trainer(1)).fit(classifier(), module)
+        first.save_checkpoint(tmp_path/'numpy.ckpt')
+        assert load_classifier(tmp_path/'numpy.ckpt').hparams.lr == .01
+        trainer(2).fit(classifier(), module, ckpt_path=tmp_path/'numpy.ckpt', weights_only=True)
+    with pytest.raises(ValueError, match='plain numbers and lists'): Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1], k=real(2)))
+
+
+def test_run_that_was_stopped_early_is_not_resumed_for_more_epochs(work, monkeypatch):
+    "And its config.yaml doesn't keep whether there was a terminal for a progress bar."
+    monkeypatch.chdir(work)
+    args = [*TINY, '--trainer.limit_train_batches=1', '--model.schedule=step']
+    with quiet_lightning(): folder = fit('quick', [*args, '--trainer.max_epochs=2'], name='early')
+    assert 'enable_progress_bar' not in (folder/'config.yaml').read_text()
+    path = folder/'checkpoints'/'last.ckpt'
+    checkpoint = torch.load(path, weights_only=True)
+    stopping, = (state for name, state in checkpoint['callbacks'].items() if name.startswith('EarlyStopping'))
+    stopping['wait_count'] = stopping['patience']
+    torch.save(checkpoint, path)
+    files = {path: path.read_bytes() for path in folder.glob('**/*.*')}
+    with quiet_lightning(), pytest.raises(ValueError, match='finished, and no epoch is left to train, for it was stopped early: nothing was changed'): fit('quick', ['--trainer.max_epochs=4'], name='early', resume=True)
+    assert files == {path: path.read_bytes() for path in folder.glob('**/*.*')}
+    record = json.loads((folder/'record.json').read_text())
+    (folder/'record.json').write_text(json.dumps(record | {'status': 'interrupted'}))  # it was killed in the midst of its test
+    with quiet_lightning(): fit('quick', ['--trainer.max_epochs=4'], name='early', resume=True)
+    found = read_record(folder)
+    assert found['status'] == 'finished' and found['epochs'] == 2 and found['test'] == record['test']
+
+
+def test_every_rank_is_told_the_folder_of_the_run(work):
+    "And when its record is complete, also where the name was taken."
+    (work/'results'/'told').mkdir(parents=True)
+    (work/'told.py').write_text(f'''
+import os, sys
+from fishnet_nb.training import fit, read_record
+folder = fit('quick', {[*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=2', '--model.schedule=step', '--trainer.devices=2', '--trainer.strategy=ddp']}, name='told')
+open(f'told-{{os.environ.get("LOCAL_RANK", 0)}}', 'w').write(f'{{folder.name}} {{read_record(folder)["status"]}}')
+''')
+    subprocess.run([sys.executable, 'told.py'], cwd=work, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=180, check=True)
+    assert [(work/f'told-{rank}').read_text() for rank in (0, 1)] == ['told-2 finished']*2
 
 
 def test_trainer_predicts_the_test_images(work, monkeypatch):
