@@ -143,10 +143,10 @@ def test_page_of_results_has_the_thin_runs_and_the_trials():
         record = read_record(ROOT/'results'/name)
         ending = f'| {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["wall_s"]/60:.1f} min |'
         assert any(line.startswith(f'| {Path(name).name} |') and line.endswith(ending) for table in tables for line in table.splitlines()), name
-    for name in ('cpu', 'trials/cpu-wide'):
+    for name in ('cpu', 'cpu-seed-43', 'cpu-seed-44', 'cpu-wide', 'cpu-wide-seed-43'):
         record = read_record(ROOT/'results'/name)
         row = f'| {record["params"]/1e6:.2f} M | {record["flops"]/1e6:.0f} | ', f'| {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["test"]["top5_error"]:.1%} | {record["wall_s"]/60:.1f} min |'
-        assert any(line.startswith(f'| {Path(name).name} {row[0]}') and row[1] in line for table in tables for line in table.splitlines()), name
+        assert any(line.startswith(f'| {name} {row[0]}') and row[1] in line for table in tables for line in table.splitlines()), name
 
 
 def test_page_of_results_has_the_student_run_beside_what_is_handed_down():
@@ -198,9 +198,9 @@ def test_pages_state_the_errors_of_the_weights_and_of_the_seeds():
     assert len(tested) == 2
     for entry in tested:
         for how, e in entry['errors'].items(): assert f'| {entry["data"]["description"]} | {entry["data"]["n_test"]:,} | {how} | {e["top1_error"]:.1%} | {e["top5_error"]:.1%} |' in pages['08_testing']
-    for name in 'cpu',:
-        errors = [100*json.loads((ROOT/'results'/run/'record.json').read_text(encoding='utf-8'))['test']['top1_error'] for run in (name, f'{name}-seed-43', f'{name}-seed-44')]
-        assert f'top1_error: {statistics.mean(errors):.2f} % on average, standard deviation {statistics.stdev(errors):.2f}' in pages['09_results']
+    for name, others in {'cpu': (43, 44), 'cpu-wide': (43,)}.items():
+        errors = [100*json.loads((ROOT/'results'/run/'record.json').read_text(encoding='utf-8'))['test']['top1_error'] for run in (name, *(f'{name}-seed-{seed}' for seed in others))]
+        assert f'{name}, {len(errors)} seeds, top1_error: {statistics.mean(errors):.2f} % on average, standard deviation {statistics.stdev(errors):.2f}' in pages['09_results']
 
 
 def test_page_of_results_has_the_proposals():
@@ -235,10 +235,10 @@ def test_model_card_states_what_the_tests_say():
     """Errors, images and data of the weights in the package are those of the record of their tests, which is of these very weights, and the weights are
     those of the run that the card names."""
     from fishnet_nb.models import list_pretrained, pretrained_path, read_about
-    about, run = read_about(pretrained_path('fishnet73')), json.loads((ROOT/'results/trials/cpu-wide/record.json').read_text(encoding='utf-8'))
+    about, run = read_about(pretrained_path('fishnet73')), json.loads((ROOT/'results/cpu-wide/record.json').read_text(encoding='utf-8'))
     assert all(about[key] == run[key] for key in ('recipe', 'seed', 'commit', 'data', 'test', 'versions', 'device')) and about['arch_args'] == run['hparams']['model']['arch_args']
     card = (ROOT/'fishnet_nb/weights/README.md').read_text(encoding='utf-8')
-    assert 'record in `results/trials/cpu-wide`' in card and f'{run["params"]:,} parameters' in card
+    assert 'record in `results/cpu-wide`' in card and f'{run["params"]:,} parameters' in card
     tests = {entry['data']['description']: entry for entry in json.loads((ROOT/'results/pretrained/test.json').read_text(encoding='utf-8'))
              if entry['tested_sha256'] == list_pretrained()['fishnet73']}
     for data in 'CIFAR-10 (JPEG re-encoding)', 'CIFAR-10 (bit-exact subset)':
