@@ -11,6 +11,7 @@ __all__ = ['NOT_FINITE', 'CIRCUMSTANCES', 'UNFINISHED', 'COLUMNS', 'make_metrics
            'quiet_lightning', 'RunInterrupted', 'fit']
 
 # %% ../nbs/07_training.ipynb #44640f81
+import atexit
 import csv
 import inspect
 import json
@@ -802,6 +803,10 @@ def _check_run(trainer: Trainer, model: Classifier, data: CIFARDataModule) -> No
         if is_wrong: raise ValueError(f'trainer.{name}: a run is made of whole epochs, with training and validation in each, which choose its best one, and of a test; '
                                       'try it out by --trainer.max_epochs=1 --trainer.limit_train_batches=2')
 
+def _leave_ranks() -> None:
+    "Ends the process group, if there is one."
+    if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+
 def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
     "Train, test and record."
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
@@ -829,6 +834,8 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
             recorder.begin(trainer)
         recorder.write(trainer, status='finished', **_final(trainer, model, data, recorder.rows))
         folder = Path(trainer.strategy.broadcast(str(folder)))  # the other ranks don't know a new run's, and wait for its record
+        atexit.unregister(_leave_ranks)  # once is enough
+        atexit.register(_leave_ranks)  # a thread of Gloo's that still holds the broadcast when Python ends would abort the process
     except BaseException as error:
         with _ending_others(trainer), suppress(OSError):  # on a full disk, what filled it is the error
             if recorder.has_started: recorder.write(trainer, status=NOT_FINITE if isinstance(error, FloatingPointError) else 'interrupted')

@@ -499,16 +499,20 @@ def test_run_that_was_stopped_early_is_not_resumed_for_more_epochs(work, monkeyp
 
 
 def test_every_rank_is_told_the_folder_of_the_run(work):
-    "And when its record is complete, also where the name was taken."
+    "And when its record is complete, also where the name was taken. The ranks leave each other before Python ends."
     (work/'results'/'told').mkdir(parents=True)
     (work/'told.py').write_text(f'''
-import os, sys
+import atexit, os
+import torch.distributed as dist
+rank = os.environ.get('LOCAL_RANK', 0)
+atexit.register(lambda: open(f'left-{{rank}}', 'w').write(f'{{dist.is_initialized()}}'))  # the last to be called, for it is the first
 from fishnet_nb.training import fit, read_record
 folder = fit('quick', {[*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=2', '--model.schedule=step', '--trainer.devices=2', '--trainer.strategy=ddp']}, name='told')
-open(f'told-{{os.environ.get("LOCAL_RANK", 0)}}', 'w').write(f'{{folder.name}} {{read_record(folder)["status"]}}')
+open(f'told-{{rank}}', 'w').write(f'{{folder.name}} {{read_record(folder)["status"]}} {{dist.is_initialized()}}')
 ''')
     subprocess.run([sys.executable, 'told.py'], cwd=work, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=180, check=True)
-    assert [(work/f'told-{rank}').read_text() for rank in (0, 1)] == ['told-2 finished']*2
+    assert [(work/f'told-{rank}').read_text() for rank in (0, 1)] == ['told-2 finished True']*2
+    assert [(work/f'left-{rank}').read_text() for rank in (0, 1)] == ['False']*2
 
 
 def test_trainer_predicts_the_test_images(work, monkeypatch):
