@@ -343,7 +343,7 @@ CIFAR_MD5 = 'c58f30108f718f92721af3b95e74349a'
 def download_cifar(
     root: str | Path = 'data',  # where the folder `cifar-10-batches-py` goes
 ) -> Path:  # that folder
-    "Fetches CIFAR-10 and checks it, unless the folder is there already. Raises FileExistsError if that can't be read, ConnectionError, or ValueError when the MD5 differs."
+    "Fetches CIFAR-10 and checks it, unless the folder is there already. Raises FileExistsError if that can't be read, ConnectionError if it can't be fetched, OSError if it can't be written, ValueError if the MD5 differs."
     root, folder = Path(root), Path(root)/CIFAR_FOLDER
     if folder.exists():
         try: load_cifar(folder)
