@@ -458,7 +458,7 @@ def test_an_image_on_the_device_depends_on_seed_epoch_and_index_alone():
     shapes = make_shapes(12)
     make = lambda seed: data.DeviceDataset(shapes.images, shapes.labels, 'student', 8, seed)
     one = make(1).__getitems__([(2, i) for i in range(12)])['img']
-    torch.manual_seed(0); np.random.seed(0)
+    torch.manual_seed(1); np.random.seed(1)
     two = make(1); two.__getitems__([(1, 0)])
     for i in reversed(range(12)): assert torch.allclose(two.__getitems__([(2, i)])['img'][0], one[i], atol=1e-6)
     for other in (make(2), 2), (make(1), 3): assert not torch.equal(other[0].__getitems__([(other[1], i) for i in range(12)])['img'], one)
@@ -559,7 +559,6 @@ def test_without_a_seed_no_worker_and_no_epoch_repeats_another():
     shapes = make_shapes(1)
     dataset = CIFARDataset(np.repeat(shapes.images, 8, 0), np.repeat(shapes.labels, 8), train_transform())  # one image, eight times
     loader = torch.utils.data.DataLoader(dataset, 4, num_workers=2)
-    torch.manual_seed(0)  # of the loader's own seeds: of sixteen draws two may agree by chance
     drawn = torch.cat([batch['img'] for _ in range(2) for batch in loader])
     assert len({image.numpy().tobytes() for image in drawn}) == 16
     alike = []

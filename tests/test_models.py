@@ -131,7 +131,6 @@ def test_weights_begin_anew_where_a_model_had_no_memory():
     model.to_empty(device='cpu')
     for tensor in model.state_dict().values(): tensor.fill_(torch.nan if tensor.is_floating_point() else 7)
     model.apply(init_weights).eval()
-    torch.manual_seed(0)
     plain = thin(widths=(8, 16), tail=(1, 1))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.state_dict().items() if 'running' in name or 'tracked' in name)
     assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
