@@ -184,4 +184,4 @@ def init_weights(
     if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear): nn.init.kaiming_uniform_(module.weight)
     elif isinstance(module, nn.BatchNorm2d): module.reset_parameters()
-    if getattr(module, 'bias', None) is not None: nn.init.zeros_(module.bias)
+    if isinstance(getattr(module, 'bias', None), Tensor): nn.init.zeros_(module.bias)  # that of an LSTM is a switch

@@ -513,7 +513,8 @@ class CIFARDataset(Dataset):
     ):
         labels = _checked_labels(images, labels)
         if not isinstance(transform, A.BaseCompose | A.BasicTransform | None): raise TypeError(f'transform is a {type(transform).__module__}.{type(transform).__name__}: one of albumentations is expected, such as `train_transform()`')
-        self.images, self.labels, self.seed = images, labels, seed
+        if seed is not None and not is_whole(seed, 0): raise ValueError(f'{seed=}: a whole number from 0 up is expected, or None')
+        self.images, self.labels, self.seed = images, labels, None if seed is None else int(seed)
         self.transform = transform or test_transform()
 
     def __len__(self) -> int: return len(self.labels)

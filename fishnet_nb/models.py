@@ -190,7 +190,7 @@ def count_complexity(
     "Operations for one input of `input_size`, by ptflops, and parameters. Raises as the model does for an input that it doesn't take."
     from ptflops import get_model_complexity_info
     if not isinstance(input_size, Sequence) or len(input_size) != 3 or not all(map(is_whole, input_size)): raise ValueError(f'{input_size=}: channels, height and width are expected, such as (3, 32, 32)')
-    copy = deepcopy(model).float().cpu().eval()
+    copy = deepcopy(_unwrapped(model)).float().cpu().eval()  # compiled, it would be compiled anew for ptflops' hooks
     with torch.no_grad(): copy(torch.zeros(1, *input_size, dtype=torch.float32, device='cpu'))  # whatever the defaults are; ptflops would print its error, and go on
     macs, _ = get_model_complexity_info(copy, tuple(input_size), as_strings=False, print_per_layer_stat=False,
                                         backend='pytorch', backend_specific_config={'count_functional': False})
@@ -216,6 +216,11 @@ def replacing(
         raise (OSError(error.errno, message, str(path)) if error.errno else OSError(f'{path} {message}')) from error
     finally: scratch.unlink(missing_ok=True)
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    "The model itself, if torch.compile or DistributedDataParallel has wrapped it."
+    while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner
+    return model
+
 def save_weights(
     model: nn.Module,  # whose weights are saved
     path: str | Path,  # a .safetensors file
@@ -231,7 +236,7 @@ def save_weights(
     if missing := [key for key in needed if key not in about]: raise ValueError(f'about lacks {", ".join(missing)}: nobody could load the weights')
     if not is_backbone and isinstance(about.get('classes'), Sized) and len(about['classes']) != about['num_classes']:
         raise ValueError(f'{path} is not written: about names {len(about["classes"])} classes, and num_classes is {about["num_classes"]}; name as many, or leave classes out')
-    while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner  # wrapped by torch.compile, or by DistributedDataParallel
+    model = _unwrapped(model)
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     weights = model.state_dict()
     try: planned = _planned(about, weights)

@@ -144,7 +144,7 @@ def export_weights(
     """Write the weights of a finished run's best checkpoint, with its record. FileNotFoundError, or ValueError for a run that isn't finished, and for
     weights that float16 can't hold."""
     check_switches(half=half)
-    record, checkpoint = read_record(run, root), find_checkpoint(run, root)
+    checkpoint, record = find_checkpoint(run, root), read_record(run, root)
     if record['status'] != 'finished': raise ValueError(f'{run!s}: the run was {record["status"]}; resume it by --resume, then export its weights')
     if not isinstance(record['hparams'], dict) or not isinstance(record['hparams'].get('model'), dict): raise ValueError(f'{run!s} is not a whole run record: its hparams name no model')
     classifier = load_classifier(checkpoint)

@@ -130,15 +130,17 @@ class Classifier(LightningModule):
         mirrored = self.model(x.flip(3).contiguous(memory_format=torch.channels_last))
         return torch.logaddexp(scores.float().log_softmax(1), mirrored.float().log_softmax(1)) - math.log(2)
 
-    def on_train_start(self) -> None: self._count_in_float32('train')
+    def on_train_start(self) -> None: self._start_counting('train')
 
-    def on_validation_start(self) -> None: self._count_in_float32('val')
+    def on_validation_start(self) -> None: self._start_counting('val')
 
-    def on_test_start(self) -> None: self._count_in_float32('test')
+    def on_test_start(self) -> None: self._start_counting('test')
 
-    def _count_in_float32(self, stage: str) -> None:
-        "The figures of an epoch are sums over many images; Lightning has converted them with the network if that is of half precision."
-        for name in 'loss', 'n': self.metrics[f'{stage}_metrics'][name].set_dtype(torch.float32)
+    def _start_counting(self, stage: str) -> None:
+        "From nothing, also where an epoch was broken off before; in float32, since Lightning has converted these sums with a network of half precision."
+        metrics = self.metrics[f'{stage}_metrics']
+        for metric in metrics.values(): metric.reset()
+        for name in 'loss', 'n': metrics[name].set_dtype(torch.float32)
 
     def on_fit_start(self) -> None:
         if not self.hparams.compile: return
@@ -192,7 +194,11 @@ class Classifier(LightningModule):
         "Log the epoch's figures, over all images of all ranks, and start afresh."
         for key, value in summarise(self.metrics[f'{stage}_metrics']).items(): self.log(f'{stage}_{key}', value, prog_bar=key in ('loss', 'top1_error'))
 
-    def setup(self, stage: str | None = None) -> None: self.planned_steps = math.inf  # unless a checkpoint says otherwise
+    def setup(self, stage: str | None = None) -> None:
+        "ValueError if the data has more classes than the network tells apart, where the data module says how many."
+        self.planned_steps = math.inf  # unless a checkpoint says otherwise
+        n_classes = getattr(self.trainer.datamodule, 'num_classes', None) if self._trainer and stage != 'predict' else None
+        if n_classes and n_classes > self.hparams.num_classes: raise ValueError(f'the data has {n_classes} classes, and num_classes={self.hparams.num_classes}: give as many')
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         "ValueError if a trainer goes on with the checkpoint of another network."

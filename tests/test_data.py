@@ -590,3 +590,11 @@ def test_nothing_is_dropped_or_counted_twice(folder):
     assert torch.cat([b['label'] for b in module.test_dataloader()]).tolist() == load_cifar(folder).test_labels.tolist()
     assert CIFARDataModule(str(folder), val_fraction=0).val_dataloader() == []
     with pytest.raises(ValueError, match='val_fraction'): CIFARDataModule(str(folder), val_fraction=.01).setup()
+
+
+def test_seed_of_a_dataset_may_be_numpys():
+    images = make_shapes(1)
+    one, other = (CIFARDataset(images.images, images.labels, train_transform(), seed)[0]['img'] for seed in (1, np.int64(1)))
+    assert torch.equal(one, other)
+    for seed in -1, '1', 1.5:
+        with pytest.raises(ValueError, match='seed=.*a whole number from 0 up'): CIFARDataset(images.images, images.labels, seed=seed)

@@ -295,3 +295,11 @@ def test_drawing_leaves_the_model_as_it_is():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     draw_fish(model, 8)
     assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_any_module_can_begin_anew():
+    "An LSTM's bias is a switch."
+    nn.Sequential(nn.LSTM(3, 3), nn.Linear(3, 3)).apply(init_weights)
+
+
+def test_a_compiled_model_is_counted_as_it_is(): assert count_complexity(torch.compile(thin())) == count_complexity(thin())

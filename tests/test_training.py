@@ -690,3 +690,30 @@ def test_one_loss_far_above_the_others_does_not_flatten_the_plot(tmp_path, loss,
     rows = [dict.fromkeys(COLUMNS, 1.) | dict(epoch=epoch, val_loss=loss if epoch == 1 else .5) for epoch in range(4)]
     (tmp_path/'metrics.csv').write_text('\n'.join([','.join(COLUMNS), *(','.join(str(row[column]) for column in COLUMNS) for row in rows)]))
     assert plot_history(tmp_path).axes[0].get_yscale() == scale
+
+
+@pytest.mark.parametrize('stage', ['train', 'val', 'test'])
+def test_an_epoch_that_was_broken_off_counts_for_nothing_afterwards(stage):
+    "As by a full GPU, or by Ctrl-C in a notebook."
+    classifier = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]))
+    images = [dict(img=torch.randn(3, 8, 8), label=label) for label in range(10)]
+    class Broken(DataLoader):
+        def __iter__(self):
+            yield next(super().__iter__())
+            raise MemoryError
+    whole, broken = (kind(images, batch_size=4) for kind in (DataLoader, Broken))
+    def figures_of(loader: DataLoader) -> dict:
+        trainer = Trainer(accelerator='cpu', logger=False, enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0, max_epochs=1)
+        with quiet_lightning():
+            if stage == 'test': trainer.test(classifier, loader, verbose=False)
+            else: trainer.fit(classifier, **{'train_dataloaders': whole, 'val_dataloaders': whole, f'{stage}_dataloaders': loader})
+        return trainer.callback_metrics
+    with pytest.raises(MemoryError): figures_of(broken)
+    assert figures_of(whole)[f'{stage}_n'] == 10
+
+
+def test_a_classifier_wants_all_classes_of_the_data(work, monkeypatch):
+    monkeypatch.chdir(work)
+    classifier = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), num_classes=5)
+    with quiet_lightning(), pytest.raises(ValueError, match='the data has 10 classes, and num_classes=5'):
+        Trainer(accelerator='cpu', logger=False, enable_progress_bar=False, limit_test_batches=1).test(classifier, CIFARDataModule('shapes', num_workers=0))
