@@ -135,7 +135,7 @@ def test_page_of_results_has_the_thin_runs_and_the_trials():
     cells = json.loads((ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8'))['cells']
     tables = [''.join(output.get('data', {}).get('text/markdown', '')).strip() for cell in cells for output in cell.get('outputs', [])]
     assert results_table([read_record(ROOT/'results/thin'/name) for name in ('student-thin', 'student-thin-resnet50')]) in tables
-    for name in 'cpu', 'thin/student-recipe', 'thin/student-recipe-averaged', 'thin/student-recipe-onecycle', 'thin/student-recipe-onecycle-standard', 'thin/student-recipe-sgd':
+    for name in 'cpu', 'thin/student-recipe', 'thin/student-recipe-averaged', 'thin/student-recipe-onecycle', 'thin/student-recipe-onecycle-standard', 'thin/student-recipe-sgd', *(f'thin/student-recipe-sgd-{part}' for part in ('mirror', '40', '47500', 'batch-100')):
         record = read_record(ROOT/'results'/name)
         ending = f'| {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["test"]["top5_error"]:.1%} | {record["wall_s"]/60:.1f} min |'
         assert any(line.startswith(f'| {Path(name).name} |') and line.endswith(ending) for table in tables for line in table.splitlines()), name
