@@ -183,6 +183,11 @@ class Complexity(NamedTuple):
     macs: int  # multiply-accumulate operations for one input
     params: int  # trainable parameters
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    "The model itself, if torch.compile or DistributedDataParallel has wrapped it."
+    while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner
+    return model
+
 def count_complexity(
     model: nn.Module,  # stays as it is: a copy is counted
     input_size: tuple[int, int, int] = (3, 32, 32),  # channels, height, width
@@ -215,11 +220,6 @@ def replacing(
         message = f'could not be written ({error.strerror or error}); what was written before is intact{advice}'
         raise (OSError(error.errno, message, str(path)) if error.errno else OSError(f'{path} {message}')) from error
     finally: scratch.unlink(missing_ok=True)
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    "The model itself, if torch.compile or DistributedDataParallel has wrapped it."
-    while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner
-    return model
 
 def save_weights(
     model: nn.Module,  # whose weights are saved
