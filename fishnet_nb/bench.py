@@ -35,6 +35,7 @@ class Setting(NamedTuple):
     bf16: bool = False  # convolutions in bfloat16, by autocast
     channels_last: bool = False  # memory layout NHWC
     compiled: bool = False  # by torch.compile
+    graphs: bool = False  # compiled, and handed over to an NVIDIA GPU as a whole, by CUDA graphs
     cudnn: bool = True  # on an NVIDIA GPU: convolutions by cuDNN, each by the fastest of its algorithms
 
 BASELINE = Setting('baseline', cudnn=False)
@@ -42,10 +43,12 @@ BASELINE = Setting('baseline', cudnn=False)
 def device_settings(
     device: torch.device,  # that the model is to run on
 ) -> tuple[Setting, ...]:
-    "The baseline, then what is worth trying on the device: `channels_last`, in bfloat16 where that is fast, eager and compiled."
+    "The baseline, then what is worth trying on the device: `channels_last`, in bfloat16 where that is fast, eager and compiled, on a GPU by CUDA graphs, too."
     bf16 = has_fast_bf16(device.type)
     name = 'bf16' if bf16 else 'channels last'
-    return BASELINE, Setting(name, bf16, channels_last=True), Setting(f'{name}, compiled', bf16, channels_last=True, compiled=True)
+    eager = Setting(name, bf16, channels_last=True)
+    compiled = eager._replace(name=f'{name}, compiled', compiled=True)
+    return BASELINE, eager, compiled, *([compiled._replace(name=f'{name}, CUDA graphs', graphs=True)] if device.type == 'cuda' else [])
 
 def _prepare(
     model: nn.Module,  # changed in place
@@ -56,7 +59,7 @@ def _prepare(
     "Model and images, ready to run in that setting."
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     model, images = model.train(is_training).to(images.device, memory_format=layout), images.to(memory_format=layout)
-    if setting.compiled: model = torch.compile(model)
+    if setting.compiled: model = torch.compile(model, mode='reduce-overhead' if setting.graphs else None)
     return model, images
 
 @contextmanager
@@ -218,7 +221,7 @@ def _measure(make: Callable[[], nn.Module], batch_size: int, settings: Sequence[
         steps = [make_step(make(), images, labels, setting, is_training) for setting in settings]
         found = rates(steps, batch_size, rounds, seconds)
         rows += [dict(mode='training' if is_training else 'inference', batch_size=batch_size, setting=setting.name, img_per_s=round(rate, 1),
-                      ratio=round(rate/found[0], 2), memory_mb=_memory_mb(step, device) if is_training else None)
+                      ratio=round(rate/found[0], 2), memory_mb=_memory_mb(step, device) if is_training and not setting.graphs else None)  # graphs keep theirs between the steps
                  for setting, step, rate in zip(settings, steps, found)]
         torch.compiler.reset()
     return rows

@@ -145,7 +145,8 @@ class Classifier(LightningModule):
     def on_fit_start(self) -> None:
         if not self.hparams.compile: return
         if problem := compile_problem(self.device): raise ValueError(f'{problem}; install what is missing, or train without by --model.compile=false')
-        self.model.compile()
+        by_graphs = self.device.type == 'cuda' and self.trainer.world_size == self.trainer.accumulate_grad_batches == 1  # where each step has its own gradients, and no other GPU's
+        self.model.compile(mode='reduce-overhead' if by_graphs else None)  # CUDA graphs hand over all operations at once
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         scores, labels = self._answer(batch)
