@@ -258,7 +258,8 @@ def _run_summary(args: argparse.Namespace) -> int:
 # %% ../nbs/cli.ipynb #c3289ef3
 def _run_bench(args: argparse.Namespace) -> int:
     """Images per second in training and inference, in turns within one process: the baseline is eager float32, on a GPU without cuDNN, which the
-    student implementation switches off; then what fits the device, eager and compiled. And of the input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
+    student implementation switches off; then what fits the device, eager, compiled and, on a GPU, by CUDA graphs. And of the
+    input, so that one sees which is the bottleneck. Takes minutes, most of them for compiling."""
     import torch
     from fishnet_nb.bench import bench, bench_report, plot_bench
     from fishnet_nb.models import create_model

@@ -168,6 +168,22 @@ def test_page_of_results_has_the_runs_of_best():
     assert f'| {1 - rows[-1]["train_f1"]:.1%} | {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["test"]["top5_error"]:.1%} |' in row
 
 
+def test_pages_have_best_in_full_width():
+    "Its errors, its rate in training, and what averages of its weights did in a thin network."
+    from fishnet_nb.training import read_metrics, read_record
+    pages = {name: (ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8') for name in ('index', '01_data', '09_results', '10_speed')}
+    record, rows = read_record(ROOT/'results/best'), read_metrics(ROOT/'results/best/metrics.csv')
+    test, rate = record['test'], statistics.median(row['img_per_s'] for row in rows[1:])
+    assert f'ends at {100*test["top1_error"]:.1f} % and {100*test["top5_error"]:.1f} %' in pages['index']
+    assert f'| {record["val"]["top1_error"]:.1%} | {test["top1_error"]:.1%} | {test["top5_error"]:.1%} | {record["wall_s"]/60:.0f} min |' in pages['09_results']
+    assert f'wrong about {100*(1 - rows[-1]["train_f1"]):.1f} % of its training images, shifted and cut, and about {100*rows[-1]["val_top1_error"]:.1f} %' in pages['09_results']
+    assert f'took {round(rate, -2):,.0f}' in pages['10_speed'] and f'on {round(rate, -2):,.0f} a second' in pages['01_data']
+    for name in 'best-thin', 'best-thin-averaged', 'best-thin-averaged-short':
+        errors = [row['val_top1_error'] for row in read_metrics(ROOT/'results/trials'/name/'metrics.csv')]
+        row = next(line for line in pages['09_results'].splitlines() if line.strip().startswith(f'"| {name} |'))
+        assert ' | '.join(f'{errors[epoch - 1]:.1%}' for epoch in (5, 10, 15, 20)) in row
+
+
 def test_page_of_results_has_each_short_run():
     "The row of each run beside `all` has the validation error of its record and the difference to that of `all` with its seed, or says why it stopped."
     text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')

@@ -11,6 +11,7 @@ import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -352,6 +353,32 @@ def test_compiled_run_goes_on_and_is_tested(work, monkeypatch, capsys):
     scores = eager(images)
     eager.model.compile()
     assert torch.allclose(eager(images), scores, atol=1e-4)
+
+
+def test_compiled_for_training_alone():
+    compiled = []
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    classifier = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), mirror=True)
+    classifier.model.compile(backend=backend)
+    batch = dict(img=torch.randn(2, 3, 32, 32), label=torch.arange(2))
+    classifier.eval().validation_step(batch, 0), classifier.test_step(batch, 0)
+    assert not compiled
+    classifier.train().training_step(batch, 0)
+    assert compiled
+
+
+@pytest.mark.parametrize('device, n_ranks, n_parts, mode', [('cuda', 1, 1, 'reduce-overhead'), ('cuda', 2, 1, None), ('cuda', 1, 2, None), ('cpu', 1, 1, None)])
+def test_one_gpu_trains_by_graphs(monkeypatch, device, n_ranks, n_parts, mode):
+    "Each step needs gradients of its own, and nobody else's."
+    classifier, found = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), compile=True), []
+    monkeypatch.setattr(Classifier, 'device', torch.device(device))
+    monkeypatch.setattr(training, 'compile_problem', lambda device: '')
+    monkeypatch.setattr(classifier.model, 'compile', lambda mode: found.append(mode))
+    classifier._trainer = SimpleNamespace(world_size=n_ranks, accumulate_grad_batches=n_parts)
+    classifier.on_fit_start()
+    assert found == [mode]
 
 
 def test_only_runs_with_the_step_schedule_are_stopped_early(tmp_path):
