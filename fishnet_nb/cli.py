@@ -124,12 +124,14 @@ def _run_test(args: argparse.Namespace) -> int:
     from fishnet_nb.models import pretrained_path
     from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, record_test, test_run
     path = pretrained_path('fishnet73') if args.tested is None else find_checkpoint(args.tested)
+    folder = Path('results/pretrained') if args.tested is None else _folder_of(path)
+    _check_writable(folder)
     found, module = test_run(path, args.data)
     classifier, names = load_trained(path)
     if not {*names} & {*module.classes}: print(f'note: the network knows the classes {", ".join(names)}, and the data has {", ".join(module.classes)}; its first class counts as the first of the data, and so on', file=sys.stderr)
     tests = {'alone': found}
     if classifier.hparams.mirror: tests = {'mirrored': found, 'alone': evaluate(classifier.model.to(best_device()), module.test_dataloader())}
-    folder, info = Path('results/pretrained') if args.tested is None else _folder_of(path), module.data_info()
+    info = module.data_info()
     print(_compare(path.name if path.suffix == '.safetensors' else 'this run', info['description'], tests), flush=True)
     record_test(folder/'test.json', path, tests, info)
     figures = {'confusion': plot_confusion(found, module.classes), 'predictions': plot_predictions(found, module.cifar.test_images, module.classes)}
@@ -138,6 +140,13 @@ def _run_test(args: argparse.Namespace) -> int:
     for name, figure in figures.items(): _save(figure, folder/f'{of}{name}.png')
     print(f'\nThe errors are in {folder/"test.json"}, the pictures {", ".join(f"{of}{name}.png" for name in sorted(figures))} beside it.\n{_next(info["name"])}')
     return 0
+
+def _check_writable(folder: Path) -> None:
+    "OSError if nothing can be written there, or the folder can't be made; before the work is done."
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=there): pass
+    except OSError as error: raise OSError(error.errno, f'nothing can be written there ({error.strerror})', str(there)) from None
 
 def _folder_of(path: Path) -> Path:
     "Of a run's checkpoint the folder of the run, of any other file its own."
@@ -556,6 +565,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename and error.errno:
         inner = next((path for path in (Path(error.filename), *Path(error.filename).parents) if path.is_file()), error.filename)
         return f'error: {inner} is a file, and a folder is needed in its place: move it away'
+    if isinstance(error, OSError) and error.filename and error.strerror: return f'error: {error.filename}: {error.strerror}'
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)): return f'error: {_one_line(error)}'
     return f'error: {type(error).__name__}: {_one_line(error)}'
 

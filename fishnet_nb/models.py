@@ -195,7 +195,8 @@ def count_complexity(
     "Operations for one input of `input_size`, by ptflops, and parameters. Raises as the model does for an input that it doesn't take."
     from ptflops import get_model_complexity_info
     if not isinstance(input_size, Sequence) or len(input_size) != 3 or not all(map(is_whole, input_size)): raise ValueError(f'{input_size=}: channels, height and width are expected, such as (3, 32, 32)')
-    copy = deepcopy(_unwrapped(model)).float().cpu().eval()  # compiled, it would be compiled anew for ptflops' hooks
+    copy = deepcopy(_unwrapped(model)).float().eval()  # compiled, it would be compiled anew for ptflops' hooks
+    copy = copy.to_empty(device='cpu') if any(p.is_meta for p in copy.parameters()) else copy.cpu()
     with torch.no_grad(): copy(torch.zeros(1, *input_size, dtype=torch.float32, device='cpu'))  # whatever the defaults are; ptflops would print its error, and go on
     macs, _ = get_model_complexity_info(copy, tuple(input_size), as_strings=False, print_per_layer_stat=False,
                                         backend='pytorch', backend_specific_config={'count_functional': False})
@@ -227,7 +228,8 @@ def save_weights(
     about: dict,  # arch, arch_args, num_classes, in_channels, classes, and what else is known of them; plain values
 ) -> Path:
     """Write a model's weights and what they belong to, also of a model wrapped by torch.compile or DistributedDataParallel; until all is written, an
-    earlier file stays. FileNotFoundError if there is no such folder, ValueError if the weights are not those of the model that `about` describes."""
+    earlier file stays. FileNotFoundError if there is no such folder, ValueError if the weights are not those of the model that `about` describes, or
+    if either can't be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     arch_args = about.get('arch_args')
@@ -239,6 +241,9 @@ def save_weights(
     model = _unwrapped(model)
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     weights = model.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()): raise ValueError(f'{path} is not written: the weights are on the device meta, which has shapes only')
+    try: text = json.dumps(about, ensure_ascii=False)
+    except (TypeError, ValueError) as error: raise ValueError(f'{path} is not written: about holds what is no plain value ({error}); numbers of NumPy and tensors become plain by .item() and .tolist()') from None
     try: planned = _planned(about, weights)
     except _NO_NETWORK as error: raise ValueError(f'{path} is not written: about does not say which model its weights belong to ({error})') from None
     if wrong := unlike(weights, planned.state_dict()):
@@ -246,7 +251,7 @@ def save_weights(
                          f'{wrong}; give the network itself, and the arguments that it was made with')
     try:
         with replacing(path) as scratch:
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch, {'about': json.dumps(about, ensure_ascii=False)})
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch, {'about': text})
     except SafetensorError as error: raise OSError(f'{path} could not be written ({error}); what was written before is intact') from error
     return Path(path)
 

@@ -58,12 +58,12 @@ class Evaluation(NamedTuple):
 @torch.no_grad()
 def evaluate(
     classifier: torch.nn.Module,  # [n, C, H, W] -> [n, classes]; it is put in eval mode
-    loader: Iterable[dict],  # batches dict(img, label), such as a DataLoader gives
+    loader: Iterable[dict],  # batches dict(img, label), such as a DataLoader gives; images get the device and the precision of the weights
 ) -> Evaluation:
     "Scores and labels of all images of `loader`, in its order, and the errors. ValueError for an empty loader, TypeError for batches of another form."
-    device = next(classifier.parameters()).device
+    weight = next(classifier.parameters())
     classifier.eval()
-    batches = [(classifier(images.to(device)).float().cpu(), labels.cpu()) for images, labels in (batch_parts(batch, 'img', 'label') for batch in loader)]
+    batches = [(classifier(images.to(weight)).float().cpu(), labels.cpu()) for images, labels in (batch_parts(batch, 'img', 'label') for batch in loader)]
     if not batches: raise ValueError('the loader is empty: there is nothing to evaluate')
     logits, labels = (torch.cat(parts) for parts in zip(*batches))
     return Evaluation(logits, labels, *top_k_errors(logits, labels))

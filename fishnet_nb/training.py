@@ -88,7 +88,7 @@ def summarise(
 
 # %% ../nbs/07_training.ipynb #e10dd613
 class Classifier(LightningModule):
-    "A network with its loss, metrics and optimiser. Batches are dict(img=[N, C, H, W], label=[N]); hyperparameters are plain values."
+    "A network with its loss, metrics and optimiser. Batches are dict(img=[N, C, H, W], label=[N]), labels from 0 to num_classes − 1; hyperparameters are plain values."
     planned_steps = math.inf  # of the one-cycle schedule of a run that is resumed
 
     def __init__(self,

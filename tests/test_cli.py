@@ -137,6 +137,14 @@ def test_run_is_tested(inside, capsys):
     assert not list(Path('results/tiny').glob('.*'))
 
 
+def test_a_folder_that_takes_no_files_is_noticed_before_the_test(inside, capsys, monkeypatch):
+    monkeypatch.setattr('fishnet_nb.testing.test_run', lambda *_: pytest.fail('the images were tested'))
+    def refuse(**_): raise OSError(30, 'Read-only file system')
+    monkeypatch.setattr('tempfile.TemporaryFile', refuse)
+    assert main(['test', 'results/tiny']) == 2
+    assert capsys.readouterr().err == 'error: results/tiny: nothing can be written there (Read-only file system)\n'
+
+
 def test_weights_are_tested_as_their_run_was(inside, capsys):
     "An exported file has its run's errors; the weights in the package are shown mirror images, too, and the record of tests keeps what it has of other data."
     assert main(['export', 'tiny', '--out', 'tiny.safetensors']) == main(['test', 'tiny']) == main(['test', 'tiny.safetensors']) == 0

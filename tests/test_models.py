@@ -303,3 +303,23 @@ def test_weights_of_any_module_can_begin_anew():
 
 
 def test_a_compiled_model_is_counted_as_it_is(): assert count_complexity(torch.compile(thin())) == count_complexity(thin())
+
+
+def test_a_model_without_memory_is_counted_and_not_saved(tmp_path):
+    with torch.device('meta'): shapes = thin()
+    assert count_complexity(shapes) == count_complexity(thin()) and next(shapes.parameters()).is_meta
+    with pytest.raises(ValueError, match='on the device meta, which has shapes only'): save_weights(shapes, tmp_path/'none.safetensors', dict(arch='fishnet73', arch_args={'widths': [8, 16, 32, 64]}, num_classes=10, in_channels=3))
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_belongs_to_weights_is_plain(tmp_path):
+    about = dict(arch='fishnet73', arch_args={'widths': [8, 16, 32, 64]}, num_classes=10, in_channels=3, error=np.float32(.1))
+    with pytest.raises(ValueError, match='about holds what is no plain value .*float32'): save_weights(thin(), tmp_path/'none.safetensors', about)
+    assert not any(tmp_path.iterdir())
+
+
+def test_half_a_network_is_evaluated_in_its_own_precision():
+    batches = [dict(img=torch.randn(4, 3, 8, 8), label=torch.arange(4))]
+    model = thin(widths=(8, 16), tail=(1, 1))
+    whole, half = evaluate(model, batches), evaluate(model.bfloat16(), batches)
+    assert half.logits.dtype == torch.float32 and torch.allclose(whole.logits, half.logits, atol=.1*whole.logits.abs().max())
