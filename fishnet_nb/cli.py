@@ -172,7 +172,7 @@ def _compare(
 def _next(data: str) -> str:
     "What to do after a run."
     real = 'Real CIFAR-10 comes by `fishnet-nb data --download`; `fishnet-nb fit cpu` trains on it, in an hour or more on two cores. ' if data == 'shapes' else ''
-    return f'Next: the notebooks explain all of this; in a checkout of the project `make lab` opens them. {real}With a GPU, `fishnet-nb fit student` trains FishNet-99.'
+    return f'Next: the notebooks explain all of this; in a checkout of the project `make lab` opens them. {real}With a GPU, `fishnet-nb fit best` trains FishNet-99.'
 
 # %% ../nbs/cli.ipynb #1d62f38e
 def _run_predict(args: argparse.Namespace) -> int:
