@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     bf16: bool = False  # convolutions in bfloat16, by autocast
     channels_last: bool = False  # memory layout NHWC
     compiled: bool = False  # by torch.compile
-    graphs: bool = False  # compiled, and handed over to an NVIDIA GPU as a whole, by CUDA graphs
+    graphs: bool = False  # compiled, and handed over to an NVIDIA GPU by CUDA graphs, forward and backward pass each as a whole
     cudnn: bool = True  # on an NVIDIA GPU: convolutions by cuDNN, each by the fastest of its algorithms
 
 BASELINE = Setting('baseline', cudnn=False)
@@ -107,7 +107,7 @@ def rates(
 ) -> list[float]:  # images per second of each
     "The median rate of each step over `rounds` rounds in turns. ValueError for fewer than one round."
     if rounds < 1: raise ValueError(f'rounds={rounds}: at least one is needed')
-    for step in steps: step(), step()  # compiles, and fills caches
+    for step in steps: step(), step(), step()  # compiles, fills caches, and records CUDA graphs
     return [n_images*statistics.median(found) for found in zip(*[[_steps_per_s(step, seconds) for step in steps] for _ in range(rounds)])]
 
 def _wait() -> None:

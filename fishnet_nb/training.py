@@ -49,7 +49,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, Timer
 from pytorch_lightning.plugins import LayerSync
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -145,7 +145,8 @@ class Classifier(LightningModule):
     def on_fit_start(self) -> None:
         if not self.hparams.compile: return
         if problem := compile_problem(self.device): raise ValueError(f'{problem}; install what is missing, or train without by --model.compile=false')
-        by_graphs = self.device.type == 'cuda' and self.trainer.world_size == self.trainer.accumulate_grad_batches == 1  # where each step has its own gradients, and no other GPU's
+        accumulates = self.trainer.accumulate_grad_batches > 1 or any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks)
+        by_graphs = self.device.type == 'cuda' and self.trainer.world_size == 1 and not accumulates  # where each step has its own gradients, and no other GPU's
         self.model.compile(mode='reduce-overhead' if by_graphs else None)  # CUDA graphs hand over all operations at once
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:

@@ -176,7 +176,7 @@ def test_pages_have_best_in_full_width():
     test, rate = record['test'], statistics.median(row['img_per_s'] for row in rows[1:])
     assert f'ends at {100*test["top1_error"]:.1f} % and {100*test["top5_error"]:.1f} %' in pages['index']
     assert f'| {record["val"]["top1_error"]:.1%} | {test["top1_error"]:.1%} | {test["top5_error"]:.1%} | {record["wall_s"]/60:.0f} min |' in pages['09_results']
-    assert f'wrong about {100*(1 - rows[-1]["train_f1"]):.1f} % of its training images, shifted and cut, and about {100*rows[-1]["val_top1_error"]:.1f} %' in pages['09_results']
+    assert f'wrong about {100*(1 - rows[-1]["train_f1"]):.1f} % of its training images, shifted and cut;' in pages['09_results']
     assert f'took {round(rate, -2):,.0f}' in pages['10_speed'] and f'on {round(rate, -2):,.0f} a second' in pages['01_data']
     for name in 'best-thin', 'best-thin-averaged', 'best-thin-averaged-short':
         errors = [row['val_top1_error'] for row in read_metrics(ROOT/'results/trials'/name/'metrics.csv')]

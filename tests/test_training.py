@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from fishnet_nb import training
@@ -369,14 +369,15 @@ def test_compiled_for_training_alone():
     assert compiled
 
 
-@pytest.mark.parametrize('device, n_ranks, n_parts, mode', [('cuda', 1, 1, 'reduce-overhead'), ('cuda', 2, 1, None), ('cuda', 1, 2, None), ('cpu', 1, 1, None)])
-def test_one_gpu_trains_by_graphs(monkeypatch, device, n_ranks, n_parts, mode):
+@pytest.mark.parametrize('device, n_ranks, n_parts, callbacks, mode', [
+    ('cuda', 1, 1, [], 'reduce-overhead'), ('cuda', 2, 1, [], None), ('cuda', 1, 2, [], None), ('cuda', 1, 1, [GradientAccumulationScheduler({4: 2})], None), ('cpu', 1, 1, [], None)])
+def test_one_gpu_trains_by_graphs(monkeypatch, device, n_ranks, n_parts, callbacks, mode):
     "Each step needs gradients of its own, and nobody else's."
     classifier, found = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), compile=True), []
     monkeypatch.setattr(Classifier, 'device', torch.device(device))
     monkeypatch.setattr(training, 'compile_problem', lambda device: '')
     monkeypatch.setattr(classifier.model, 'compile', lambda mode: found.append(mode))
-    classifier._trainer = SimpleNamespace(world_size=n_ranks, accumulate_grad_batches=n_parts)
+    classifier._trainer = SimpleNamespace(world_size=n_ranks, accumulate_grad_batches=n_parts, callbacks=callbacks)
     classifier.on_fit_start()
     assert found == [mode]
 
