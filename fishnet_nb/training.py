@@ -147,7 +147,7 @@ class Classifier(LightningModule):
         if problem := compile_problem(self.device): raise ValueError(f'{problem}; install what is missing, or train without by --model.compile=false')
         accumulates = self.trainer.accumulate_grad_batches > 1 or any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks)
         by_graphs = self.device.type == 'cuda' and self.trainer.world_size == 1 and not accumulates  # where each step has its own gradients, and no other GPU's
-        self.model.compile(mode='reduce-overhead' if by_graphs else None)  # CUDA graphs hand over all operations at once
+        self.model.compile(mode='reduce-overhead' if by_graphs else None)  # CUDA graphs hand over all operations of a pass at once
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         scores, labels = self._answer(batch)
