@@ -119,24 +119,26 @@ def _near_change(
 # %% ../nbs/cli.ipynb #4701cd19
 def _run_test(args: argparse.Namespace) -> int:
     """Test a run's best checkpoint, a checkpoint file, or weights on all test images. Writes test.json, with the errors on each dataset tested, and the
-    pictures history.png (of a run), confusion.png and predictions.png beside it, with the name of a file that isn't a run's in front; for the weights in
+    pictures history.png (of a run), confusion.png and predictions.png beside it, with the name of a file that isn't a run's best checkpoint in front; for the weights in
     the package, into results/pretrained."""
     from fishnet_nb.models import pretrained_path
-    from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, record_test, test_run
+    from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, read_tests, record_test, test_run
     path = pretrained_path('fishnet73') if args.tested is None else find_checkpoint(args.tested)
     folder = Path('results/pretrained') if args.tested is None else _folder_of(path)
+    is_run = args.tested is not None and path == folder/'checkpoints'/'best.ckpt'
     _check_writable(folder)
+    read_tests(folder/'test.json')  # or the test would be made for nothing
     found, module = test_run(path, args.data)
     classifier, names = load_trained(path)
     if not {*names} & {*module.classes}: print(f'note: the network knows the classes {", ".join(names)}, and the data has {", ".join(module.classes)}; its first class counts as the first of the data, and so on', file=sys.stderr)
     tests = {'alone': found}
     if classifier.hparams.mirror: tests = {'mirrored': found, 'alone': evaluate(classifier.model.to(best_device()), module.test_dataloader())}
     info = module.data_info()
-    print(_compare(path.name if path.suffix == '.safetensors' else 'this run', info['description'], tests), flush=True)
+    print(_compare('this run' if is_run else path.name, info['description'], tests), flush=True)
     record_test(folder/'test.json', path, tests, info)
     figures = {'confusion': plot_confusion(found, module.classes), 'predictions': plot_predictions(found, module.cifar.test_images, module.classes)}
-    if (folder/'metrics.csv').is_file(): figures['history'] = plot_history(folder)
-    of = '' if args.tested is None or folder != path.parent else f'{path.stem}-'  # what lies beside a file may be of another
+    if is_run and (folder/'metrics.csv').is_file(): figures['history'] = plot_history(folder)
+    of = '' if args.tested is None or is_run else f'{path.stem}-'  # what lies beside a file may be of another
     for name, figure in figures.items(): _save(figure, folder/f'{of}{name}.png')
     print(f'\nThe errors are in {folder/"test.json"}, the pictures {", ".join(f"{of}{name}.png" for name in sorted(figures))} beside it.\n{_next(info["name"])}')
     return 0
@@ -475,7 +477,7 @@ def _share(text: str) -> float:
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `fishnet-nb` with all of its commands."
     parser = _Parser(prog='fishnet-nb', description='FishNet, made executable: train, test and look inside.', allow_abbrev=False, formatter_class=_Help,
-                     epilog='exit codes:\n  0 done; 1 not reproduced; 2 given wrongly, or not readable; 130 stopped by Ctrl-C\n'
+                     epilog='exit codes:\n  0 done; 1 not reproduced; 2 given wrongly, not readable, or failed; 130 stopped by Ctrl-C\n'
                             'examples:\n  fishnet-nb fit quick --name mine    some minutes on two CPU cores, nothing to download\n'
                             '  fishnet-nb test results/mine        its errors and pictures')
     parser.add_argument('--version', action='version', version=f'fishnet_nb {__version__}')

@@ -89,7 +89,7 @@ def _fitting(dtype: _DType, shape: tuple, n_bytes: int) -> np.dtype:
     "The numpy dtype, once `shape` of it is known to need exactly `n_bytes`. Raises _Refused or TypeError."
     if not isinstance(dtype, _DType) or not isinstance(shape, tuple): raise TypeError('an array without dtype or shape')
     found = np.dtype(dtype.code).newbyteorder(dtype.order)
-    if not all(type(side) is int and side >= 0 for side in shape) or math.prod(max(side, 1) for side in shape) >= 2**50:
+    if len(shape) > 4 or not all(type(side) is int and 0 <= side < 2**50 for side in shape) or math.prod(max(side, 1) for side in shape) >= 2**50:  # before the product, which can take for ever
         raise _Refused('an array of an impossible shape')
     needed = math.prod(shape)*found.itemsize
     if needed != n_bytes: raise _Refused(f'an array of {n_bytes} bytes, and shape {shape} of {found} needs {needed}')
@@ -312,9 +312,9 @@ def _check_pixels(path: Path, data: object) -> np.ndarray:  # uint8[n, 3, 32, 32
 # %% ../nbs/01_data.ipynb #9d0c0fd4
 def _check_labels(path: Path, labels: object, n: int, n_classes: int) -> np.ndarray:  # int64[n]
     "The labels of a batch of `n` images. Raises ValueError."
-    if isinstance(labels, np.ndarray): labels = labels.tolist()
-    if not isinstance(labels, list): raise _wrong(path, 'labels', labels, 'a list of integers')
+    if not isinstance(labels, list) and not (isinstance(labels, np.ndarray) and labels.ndim == 1): raise _wrong(path, 'labels', labels, 'a list of integers')
     if len(labels) != n: raise _wrong(path, 'labels', f'a list of {len(labels)} labels for {n} images', 'as long as there are images')
+    if isinstance(labels, np.ndarray): labels = labels.tolist()
     for i, label in enumerate(labels):
         if type(label) is not int: raise _wrong(path, f'label {i}', label, 'an integer')
         if not 0 <= label < n_classes: raise _wrong(path, f'label {i}', f'{label}' if abs(label) < 10**9 else 'far outside', f'an integer from 0 to {n_classes - 1}')

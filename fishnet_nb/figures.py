@@ -202,7 +202,7 @@ class _Step(NamedTuple):
 def _stage_boxes(is_body: bool) -> dict[str, _Step]:
     "The steps of a stage: on the left the way of x, on the right what is computed beside it."
     crossing = RED if is_body else BLUE
-    steps = dict(x=_Step(1.2, .4, 'x'), other=_Step(3.6, .4, 'x of the tail' if is_body else 'x of body or tail', crossing),
+    steps = dict(x=_Step(1.2, .4, 'x'), other=_Step(3.6, .4, 'x of the tail' if is_body else 'from body or tail', crossing),
                  regular=_Step(1.2, 1.25, 'regular blocks'), transfer=_Step(3.6, 1.25, 'T', crossing),
                  joined=_Step(1.2, 2.1, f'concatenation x̃  ({7 if is_body else 9})'),
                  short=_Step(1.2, 2.95, 'r(x̃): sums of k  (8)'), M=_Step(3.6, 2.95, 'M(x̃)', GRAY),

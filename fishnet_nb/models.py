@@ -140,11 +140,18 @@ class StagePass(NamedTuple):
     inputs: tuple[Tensor, ...]  # x, and in body and head the feature from the other side
     output: Tensor | tuple[Tensor, Tensor]  # what is handed on; in body and head, and in a ResNet's tail, after the feature that is kept
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    "The model itself, if torch.compile or DistributedDataParallel has wrapped it."
+    while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner
+    return model
+
 def watch_stages(
     model: nn.Module,  # a FishNet or ResNet of this library; it stays as it is
     side: int = 32,  # side of the image, px
 ) -> list[StagePass]:
-    "What each stage gets and gives while an image passes, in that order."
+    "What each stage gets and gives while an image passes, in that order. TypeError for another model."
+    model = _unwrapped(model)
+    if not isinstance(model, (FishNet, ResNet)): raise TypeError(f'a FishNet or ResNet of this library is expected, not a {type(model).__name__}')
     seen, modes = [], {module: module.training for module in model.modules()}
     def note(name): return lambda stage, inputs, output: seen.append(StagePass(name, stage, inputs, output))
     hooks = [stage.register_forward_hook(note(name)) for name, stage in named_stages(model).items()]
@@ -160,7 +167,7 @@ def stage_table(
     model: nn.Module,  # a FishNet or ResNet of this library
     side: int = 32,  # side of the image, px
 ) -> list[StageRow]:  # a row a stage, in the order in which an image passes them
-    "Sides, channels, blocks and layers of each stage, found by sending an image through the model."
+    "Sides, channels, blocks and layers of each stage, found by sending an image through the model, which torch.compile or DistributedDataParallel may have wrapped. TypeError for another model."
     rows = []
     for name, stage, inputs, output in watch_stages(model, side):
         out = output[-1] if isinstance(output, tuple) else output
@@ -182,11 +189,6 @@ class Complexity(NamedTuple):
     flops: int  # floating point operations for one input: 2 × MACs
     macs: int  # multiply-accumulate operations for one input
     params: int  # trainable parameters
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    "The model itself, if torch.compile or DistributedDataParallel has wrapped it."
-    while (inner := getattr(model, '_orig_mod', getattr(model, 'module', None))) is not None: model = inner
-    return model
 
 def count_complexity(
     model: nn.Module,  # stays as it is: a copy is counted
@@ -239,6 +241,7 @@ def save_weights(
     if not is_backbone and isinstance(about.get('classes'), Sized) and len(about['classes']) != about['num_classes']:
         raise ValueError(f'{path} is not written: about names {len(about["classes"])} classes, and num_classes is {about["num_classes"]}; name as many, or leave classes out')
     model = _unwrapped(model)
+    if Path(path).suffix != '.safetensors': raise ValueError(f'{str(path)!r} is not the name of a .safetensors file, and what is loaded is told by that')
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     weights = model.state_dict()
     if any(tensor.is_meta for tensor in weights.values()): raise ValueError(f'{path} is not written: the weights are on the device meta, which has shapes only')

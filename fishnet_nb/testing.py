@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['top_k_errors', 'Evaluation', 'evaluate', 'find_checkpoint', 'best_device', 'test_run', 'trained_on', 'export_weights',
-           'load_trained', 'class_names', 'record_test', 'plot_history', 'confusion_matrix', 'plot_confusion',
-           'plot_predictions']
+           'load_trained', 'class_names', 'read_tests', 'record_test', 'plot_history', 'confusion_matrix',
+           'plot_confusion', 'plot_predictions']
 
 # %% ../nbs/08_testing.ipynb #b66b4116
 import hashlib
@@ -86,6 +86,8 @@ def find_checkpoint(
         if record['status'] == NOT_FINITE: raise FileNotFoundError(f'{run!s} has no checkpoint, and its record says {NOT_FINITE!r}: train again with a lower learning rate, or by another recipe')
         raise FileNotFoundError(f'{run!s} is a record without checkpoints/best.ckpt, since records are kept without their checkpoints: '
                                 f'train again, by `fishnet-nb reproduce {run!s}`, or name another run')
+    if begun := next((folder for folder in folders if (folder/'config.yaml').is_file()), None):
+        raise FileNotFoundError(f'{run!s} has no checkpoint yet, since it was stopped before its first step: go on by its `fishnet-nb fit` with --name {begun.name} --resume')
     known = sorted(path.parent.parent.name for path in Path(root).glob('*/checkpoints/best.ckpt'))
     raise FileNotFoundError(f'{run!s} is neither a checkpoint nor a run: {"in " + str(root) + " there are " + ", ".join(known) if known else "train first, as by `fishnet-nb fit quick`"}')
 
@@ -120,19 +122,19 @@ def _stated_classes(checkpoint: dict) -> object:
 def trained_on(
     path: str | Path,  # a .ckpt or .safetensors file
 ) -> str:
-    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder if it is a checkpoint; 'cifar10' if the file doesn't say. ValueError for other data."
+    "The name of the data that a network was trained on, 'cifar10' or 'shapes', or its folder if it is a checkpoint; 'cifar10' for weights that don't say. ValueError for other data, and a checkpoint that doesn't say."
     if Path(path).suffix == '.safetensors':
         data = read_about(path).get('data', {})
         name = data.get('name', 'cifar10') if isinstance(data, dict) else 'cifar10'
         if name not in ('cifar10', 'shapes'): raise ValueError(f'{path} was trained on neither CIFAR-10 nor the shapes: name its data by --data')
         return name
-    if (data := _data_of(read_checkpoint(path))) is None: raise ValueError(f'{path} was trained with a data module of its own: name its data by --data')
+    if (data := _data_of(read_checkpoint(path))) is None: raise ValueError(f'{path} does not say what it was trained on, for that was no CIFARDataModule: name its data by --data')
     return data
 
 def _data_of(checkpoint: dict) -> str | None:
-    "The same of a checkpoint's content; None if it is of another data module."
+    "The same of a checkpoint's content; None if it doesn't say, as one of another data module, or of none."
     hparams = checkpoint.get('datamodule_hyper_parameters')
-    return str(hparams['data']) if isinstance(hparams, dict) and 'data' in hparams else None if hparams else 'cifar10'
+    return str(hparams['data']) if isinstance(hparams, dict) and 'data' in hparams else None
 
 # %% ../nbs/08_testing.ipynb #63aa5061
 def export_weights(
@@ -144,7 +146,8 @@ def export_weights(
     """Write the weights of a finished run's best checkpoint, with its record. FileNotFoundError, or ValueError for a run that isn't finished, and for
     weights that float16 can't hold."""
     check_switches(half=half)
-    checkpoint, record = find_checkpoint(run, root), read_record(run, root)
+    checkpoint = find_checkpoint(run, root)
+    record = read_record(checkpoint.parent.parent)  # of the same run, where several folders have its name
     if record['status'] != 'finished': raise ValueError(f'{run!s}: the run was {record["status"]}; resume it by --resume, then export its weights')
     if not isinstance(record['hparams'], dict) or not isinstance(record['hparams'].get('model'), dict): raise ValueError(f'{run!s} is not a whole run record: its hparams name no model')
     classifier = load_classifier(checkpoint)
@@ -190,6 +193,14 @@ def class_names(
     return tuple(names) if len(names) == n else tuple(f'class {i}' for i in range(n))
 
 # %% ../nbs/08_testing.ipynb #e8a1c0d3
+def read_tests(
+    path: str | Path,  # a JSON file, which need not be there
+) -> dict[tuple[str, str], dict]:  # by the SHA-256 of data and weights
+    "What a record of tests says. ValueError if the file is no such record."
+    path = Path(path)
+    try: return {(entry['data']['sha256'], entry['tested_sha256']): entry for entry in json.loads(path.read_text(encoding='utf-8'))} if path.is_file() else {}
+    except (ValueError, TypeError, KeyError): raise ValueError(f'{path} is not a record of tests: move it away') from None
+
 def record_test(
     path: str | Path,  # a JSON file; what it says of other data and other weights stays
     tested: str | Path,  # the checkpoint or the weights
@@ -197,15 +208,12 @@ def record_test(
     data: dict,  # `CIFARDataModule.data_info()`
 ) -> None:
     "Add the errors to a record of tests, in place of an earlier test of the same on the same. ValueError if the file is no such record."
-    path, tested = Path(path), Path(tested)
-    key = lambda entry: (entry['data']['sha256'], entry['tested_sha256'])
-    try: earlier = {key(entry): entry for entry in json.loads(path.read_text(encoding='utf-8'))} if path.is_file() else {}
-    except (ValueError, TypeError, KeyError): raise ValueError(f'{path} is not a record of tests: move it away') from None
+    path, tested, earlier = Path(path), Path(tested), read_tests(path)
     errors = {how: dict(top1_error=e.top1_error, top5_error=e.top5_error) for how, e in found.items()}
     entry = dict(data={key: data[key] for key in ('description', 'sha256', 'n_test')}, errors=errors, tested=tested.name, tested_sha256=hashlib.sha256(tested.read_bytes()).hexdigest(),
                  commit=code_commit(), device=device_name(best_device()), versions=package_versions())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps([*(earlier | {key(entry): entry}).values()], indent=1, ensure_ascii=False) + '\n')
+    write_atomically(path, json.dumps([*(earlier | {(entry['data']['sha256'], entry['tested_sha256']): entry}).values()], indent=1, ensure_ascii=False) + '\n')
 
 # %% ../nbs/08_testing.ipynb #99adb1ae
 def plot_history(
@@ -249,7 +257,7 @@ def plot_confusion(
     fig, ax = plt.subplots(figsize=(6, 5.4), layout='constrained')
     ax.imshow(percent, cmap='Blues', vmin=0, vmax=100)
     for i, j in np.ndindex(*percent.shape):
-        if percent[i, j] >= .5: ax.text(j, i, f'{percent[i, j]:.0f}', ha='center', va='center', color='white' if percent[i, j] > 50 else 'black')
+        if percent[i, j] > .5: ax.text(j, i, f'{percent[i, j]:.0f}', ha='center', va='center', color='white' if percent[i, j] > 50 else 'black')
     ax.set_xticks(range(len(classes)), classes, rotation=45, ha='right')
     ax.set_yticks(range(len(classes)), classes)
     ax.set(xlabel='predicted', ylabel='right', title='of each right class, % predicted as')

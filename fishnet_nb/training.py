@@ -452,22 +452,29 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
         self.record |= dict(device=describe_device(trainer))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        stopping = trainer.early_stopping_callback
-        if stopping and stopping.wait_count >= stopping.patience:
+        if any(stopping.wait_count >= stopping.patience for stopping in trainer.early_stopping_callbacks):
             trainer.should_stop = True  # it was stopped early, or killed when it had no more epochs to go
             if self.earlier and self.earlier['status'] == 'finished': return
-        self.rows = [row for row in self.rows if row['epoch'] < trainer.current_epoch]
         self.begin(trainer)
-        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():  # Lightning's handler has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)
-            signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else self.be_told)  # the first rank ends the others
+        self.listen(trainer)
         if module.hparams.compile and trainer.is_global_zero: print('the network is compiled, by which the first epoch takes minutes longer', flush=True)
         self.epoch_started = time.perf_counter()
+
+    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None: self.listen(trainer)
+
+    def listen(self, trainer: Trainer) -> None:
+        "In place of Lightning's handler of SIGTERM, which has all ranks wait for one another in the midst of a step, and they may do so for ever (its issue 20806)."
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler if trainer.is_global_zero else self.be_told)  # the first rank ends the others
 
     def be_told(self, *_: object) -> None: self.is_told = True
 
     def begin(self, trainer: Trainer) -> None:
         "From here on the folder is this run's, and says so even if the process is killed."
         self.has_started = True
+        kept = [row for row in self.rows if row['epoch'] < trainer.current_epoch]  # not of an epoch that is in no checkpoint
+        if len(kept) < len(self.rows) and trainer.is_global_zero: _write_metrics(self.folder/'metrics.csv', kept)
+        self.rows = kept
         if self.earlier and self.rows: self.record |= self.earlier_parts()
         if trainer.is_global_zero: write_atomically(self.folder/'config.yaml', self.config)
         self.write(trainer, status='running')
@@ -483,7 +490,9 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
         self.epoch_started = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.sanity_checking: self.trained_s = time.perf_counter() - self.epoch_started
+        if trainer.sanity_checking: return
+        if module.device.type == 'cuda': torch.cuda.synchronize(module.device)  # its last steps may be outstanding
+        self.trained_s = time.perf_counter() - self.epoch_started
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         found = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -496,8 +505,9 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
         self.write(trainer, status='running')
         if trainer.progress_bar_callback is None and trainer.is_global_zero: print(_epoch_line(row, trainer.max_epochs), flush=True)
         if not all(math.isfinite(row[key]) for key in ('train_loss', 'val_loss')):
-            raise FloatingPointError(f'the loss is no longer finite in epoch {row["epoch"]} (training {row["train_loss"]}, validation {row["val_loss"]}): '
-                                     f'lower the learning rate, {module.hparams.lr} now, by --model.lr, or take --model.arch_args.final_norm=true')
+            is_normed = (module.hparams.arch_args or {}).get('final_norm')
+            raise FloatingPointError(f'the loss is no longer finite in epoch {row["epoch"] + 1} (training {row["train_loss"]}, validation {row["val_loss"]}): '
+                                     f'lower the learning rate, {module.hparams.lr} now, by --model.lr{", or take --model.arch_args.final_norm=true"*(not is_normed)}')
 
     def write(self, trainer: Trainer, **more: object) -> None:
         "Write record.json, with `more` in it, on the first rank."
@@ -558,8 +568,12 @@ def read_checkpoint(
     "A checkpoint's content, read without executing anything from it. FileNotFoundError, or ValueError if it isn't one of this library."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path} is not there: give a checkpoint file, such as checkpoints/best.ckpt of a run')
-    if zipfile.is_zipfile(path) and any(part.compress_type != zipfile.ZIP_STORED for part in _zip_parts(path)):  # which may grow without bounds
-        raise ValueError(f'{path} is refused: it is compressed, and PyTorch writes no such checkpoints')
+    if zipfile.is_zipfile(path):
+        parts = _zip_parts(path)
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):  # which may grow without bounds
+            raise ValueError(f'{path} is refused: it is compressed, and PyTorch writes no such checkpoints')
+        if sum(part.file_size for part in parts) > path.stat().st_size:  # which would grow without bounds, too
+            raise ValueError(f'{path} is refused: it says of the same bytes more than once that they are a part of it')
     try: content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r'GLOBAL (\S+)', str(error))
@@ -704,13 +718,14 @@ def fit(
     if isinstance(args, str): raise ValueError(f'args={args!r}: a list of texts is expected')
     recipe = os.fspath(recipe)
     name = recipe_name(recipe) if name is None else name
-    if Path(name).parent == Path(root): name = Path(name).name  # given as it is printed
+    if Path(name).parent in (Path(root), Path()): name = Path(name).name  # given as it is printed, or as a shell completes it
     if Path(name).name != name or name in ('', '..') or name.startswith('-') or not name.isprintable(): raise ValueError(f'{name!r} is not a name for a run, which is that of a folder in {root}: give one of letters and numbers')
+    if name in ('bench', 'pretrained'): raise ValueError(f'{name!r} is not a name for a run: {Path(root)/name} is where {"benchmarks" if name == "bench" else "tests of the weights in the package"} are kept')
     with quiet_lightning():
         folder = _resumable_folder(root, name, recipe) if resume else None
-        before = _parse(folder/'config.yaml', ()) if resume and args and (folder/'checkpoints'/'last.ckpt').is_file() else None
         cli = _parse(folder/'config.yaml' if resume else recipe_path(recipe), args)
-        if before: _check_changes(before.config, cli.config, folder)
+        if resume and args and (folder/'checkpoints'/'last.ckpt').is_file():
+            _check_changes(cli.parser.parse_args(['--config', str(folder/'config.yaml')]), cli.config, folder)  # nothing is made of it, so it may name a device that isn't here
         _check_run(cli.trainer, cli.model, cli.datamodule)
         folder = folder or run_folder(root, name, resume=False)
         with _alone(folder), _announced(folder, '' if resume else _config(cli, recipe)): return _run(cli, folder, recipe_name(recipe), resume)
@@ -836,7 +851,9 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
         trainer.fit(model, data, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
         if not recorder.has_started:  # all epochs were done before
             if earlier and earlier['status'] == 'finished':
-                if (folder/'config.yaml').read_text(encoding='utf-8') == recorder.config: return folder
+                if (folder/'config.yaml').read_text(encoding='utf-8') == recorder.config:
+                    if trainer.is_global_zero: print(f'{folder} was finished before, and nothing was trained')
+                    return folder
                 why = ', for it was stopped early' if trainer.should_stop else ' by these changes'
                 raise ValueError(f'{folder} is finished, and no epoch is left to train{why}: nothing was changed')
             recorder.begin(trainer)

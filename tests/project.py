@@ -32,6 +32,12 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
+def published(pattern: str) -> list[Path]:
+    "The files of that pattern that belong to the project; a reader's own runs beside them are left alone."
+    known = check('git', 'ls-files', '-z', cwd=ROOT).split('\0')
+    return [path for path in sorted(ROOT.glob(pattern)) if str(path.relative_to(ROOT)) in known]
+
+
 def _cell_as_markdown(cell: dict) -> list[str]:
     "What a reader sees of a cell: its text, or its code and the output."
     source = ''.join(cell['source'])

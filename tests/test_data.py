@@ -118,6 +118,8 @@ def hostile(tmp_path: Path) -> dict[str, bytes]:
         'state for a dict': b'\x80\x02}}U\x01aK\x01sb.', 'subclass': recon + b'cnumpy\ndtype\nK\x00\x85U\x01b\x87R.', 'kind is an array': recon + empty + b'K\x00\x85U\x01b\x87R.',
         'claims 10^12 bytes': b'\x80\x02}U\x04data' + empty + b'(K\x01\x8a\x08' + big + b'\x85' + dtype + b'\x89U\x01xtbs.',
         '10^18 rows of nothing, twice': b'\x80\x02}U\x04data' + empty + b'(K\x01' + (b'\x8a\x08' + struct.pack('<q', 10**18))*2 + b'K\x00\x87' + dtype + b'\x89U\x00tbs.',
+        'many sides of 250 bytes': b'\x80\x02}U\x04data' + empty + b'(K\x01(\x8a\xfa' + b'\x01'*250 + b'q\x01' + b'h\x01'*8000 + b't' + dtype + b'\x89U\x01xtbs.',
+        '100,000 sides of 1': b'\x80\x02}U\x04data' + empty + b'(K\x01(' + b'K\x01'*100_000 + b't' + dtype + b'\x89U\x02xxtbs.',
         'negative side': b'\x80\x02}U\x04data' + empty + b'(K\x01J\xff\xff\xff\xff\x85' + dtype + b'\x89U\x01xtbs.',
         'side is true': b'\x80\x02}U\x04data' + empty + b'(K\x01\x88\x85' + dtype + b'\x89U\x01xtbs.',
         'no dtype': b'\x80\x02}U\x04data' + empty + b'(K\x01K\x01\x85N\x89U\x01xtbs.', 'short state': b'\x80\x02}U\x04data' + empty + b'(K\x01tbs.',
@@ -226,7 +228,7 @@ def breaks(error, match):
     (dict(data=np.zeros((3, 3071), np.uint8)), r'3, 3071'), (dict(data=np.zeros((3, 3, 32, 32), np.uint8)), r'3, 3, 32, 32'), (dict(data=np.zeros(3*3072, np.uint8)), r'9216'),
     (dict(labels=None), 'labels'), (dict(labels=[0, 1]), '2 labels for 3 images'), (dict(labels=[0, 1, 2, 3]), '4 labels for 3'), (dict(labels=[0, 1, 10]), 'label 2 is 10.*0 to 9'),
     (dict(labels=[-1, 1, 2]), 'label 0 is -1'), (dict(labels=[0, 1.0, 2]), 'label 1'), (dict(labels=[0, '1', 2]), 'label 1'), (dict(labels=[0, True, 2]), 'label 1'),
-    (dict(labels=(0, 1, 2)), 'labels'), (dict(labels=np.array([0, 1, 11])), 'label 2 is 11'), (dict(labels=np.array([0., 1, 2])), 'label 0'), (dict(labels=[0, 1, 10**18]), 'label 2'), (dict(labels=[0, 1, -10**600]), 'label 2'),
+    (dict(labels=(0, 1, 2)), 'labels'), (dict(labels=np.array([0, 1, 11])), 'label 2 is 11'), (dict(labels=np.array([0., 1, 2])), 'label 0'), (dict(labels=np.array([0, 1])), '2 labels for 3 images'), (dict(labels=np.zeros((3, 1), int)), 'labels is of type ndarray'), (dict(labels=[0, 1, 10**18]), 'label 2'), (dict(labels=[0, 1, -10**600]), 'label 2'),
 ])
 def test_wrong_content(folder, changes, match):
     put(folder/'data_batch_3', batch(**changes))

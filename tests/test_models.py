@@ -323,3 +323,15 @@ def test_half_a_network_is_evaluated_in_its_own_precision():
     model = thin(widths=(8, 16), tail=(1, 1))
     whole, half = evaluate(model, batches), evaluate(model.bfloat16(), batches)
     assert half.logits.dtype == torch.float32 and torch.allclose(whole.logits, half.logits, atol=.1*whole.logits.abs().max())
+
+
+def test_stages_of_a_wrapped_model_and_of_no_model():
+    model = create_model('fishnet73', widths=(8, 16), tail=(1, 1))
+    assert stage_table(torch.compile(model)) == stage_table(model)
+    with pytest.raises(TypeError, match='a FishNet or ResNet of this library is expected, not a Linear'): stage_table(torch.nn.Linear(2, 2))
+
+
+def test_weights_have_the_name_by_which_they_are_loaded(tmp_path):
+    about = dict(arch='fishnet73', arch_args=dict(widths=[8, 16], tail=[1, 1]), num_classes=10, in_channels=3)
+    with pytest.raises(ValueError, match='is not the name of a .safetensors file'): save_weights(create_model('fishnet73', widths=(8, 16), tail=(1, 1)), tmp_path/'w.pt', about)
+    assert not [*tmp_path.iterdir()]

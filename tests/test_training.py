@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 import zipfile
+from copy import copy
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ from fishnet_nb.testing import export_weights, load_trained, plot_history, test_
 from fishnet_nb.training import (COLUMNS, Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, compile_problem, fit, list_recipes, load_classifier, quiet_lightning,
                                  read_checkpoint, read_metrics, read_record, recipe_path, results_table, run_folder)
 
-from runs import TINY, figures, finish, Run, start, wait_for_epochs
+from runs import TINY, figures, finish, Run, start, wait_for_epochs, wait_until
 
 
 @pytest.fixture(scope='module')
@@ -159,11 +161,11 @@ def test_two_ranks_with_half_the_batch_train_like_one_with_the_whole(work):
     finish(Run(work, '--name=whole', *args))
     finish(start(work, '--name=halves', *args, *ranks))
     for whole, halves in zip(*(read_metrics(work/'results'/name/'metrics.csv') for name in ('whole', 'halves')), strict=True):
-        for key in 'train_loss', 'val_loss': assert halves[key] == pytest.approx(whole[key], rel=1e-5), key
+        for key in 'train_loss', 'train_f1', 'val_loss', 'val_f1', 'val_top1_error', 'val_top5_error': assert halves[key] == pytest.approx(whole[key], rel=1e-5), key
     whole, halves = (read_record(work/'results'/name) for name in ('whole', 'halves'))
     assert halves['device'].startswith('2 × ') and not (work/'results'/'halves-2').exists()
     assert halves['test']['n'] == whole['test']['n'] == whole['data']['n_test'] == 41
-    assert halves['test']['loss'] == pytest.approx(whole['test']['loss'], rel=1e-5)
+    for key in 'loss', 'f1', 'top1_error', 'top5_error': assert halves['test'][key] == pytest.approx(whole['test'][key], rel=1e-5), key
 
 
 def test_two_ranks_stop_on_sigterm_and_resume(work):
@@ -180,6 +182,23 @@ def test_two_ranks_stop_on_sigterm_and_resume(work):
     assert record['status'] == 'interrupted' and 0 < epochs < 1000
     finish(start(work, '--name=ranks', '--resume', f'--trainer.max_epochs={epochs + 1}'))
     assert read_record(work/'results'/'ranks')['epochs'] == epochs + 1
+
+
+def test_two_ranks_stop_on_sigterm_in_their_test(work):
+    "Which is made up for when the run is resumed."
+    args = [*TINY, '--data.batch_size=1', '--trainer.max_epochs=1', '--trainer.limit_train_batches=2', '--model.schedule=step']
+    process = start(work, '--name=tested', *args, '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp', process_group=0)
+    wait_for_epochs(process, work/'results'/'tested', 1)
+    wait_until((work/'results'/'tested'/'checkpoints'/'last.ckpt').is_file)
+    time.sleep(.5)
+    assert process.poll() is None and 'test' not in read_record(work/'results'/'tested')
+    os.killpg(process.pid, signal.SIGTERM)
+    err = told_by_all(process)
+    assert process.returncode == 130 and 'go on by: fishnet-nb fit quick --name tested --resume' in err, err
+    assert read_record(work/'results'/'tested')['status'] == 'interrupted'
+    finish(start(work, '--name=tested', '--resume'))
+    record = read_record(work/'results'/'tested')
+    assert record['epochs'] == 1 and record['test']['n'] == record['data']['n_test']
 
 
 def test_rank_that_fails_ends_the_others(work):
@@ -214,7 +233,7 @@ def test_wrong_argument_is_named(work, monkeypatch, args, message):
     assert not (work/'results'/'wrong').exists()
 
 
-@pytest.mark.parametrize('name', ['', '.', '..', 'x/..', '../x', 'x/y', '/x', '-x', 'a\nb'])
+@pytest.mark.parametrize('name', ['', '.', '..', 'x/..', '../x', 'x/y', '/x', '-x', 'a\nb', 'bench', 'results/pretrained'])
 def test_a_run_has_a_name(work, monkeypatch, name):
     monkeypatch.chdir(work)
     with pytest.raises(ValueError, match='not a name for a run'): fit('quick', TINY, name=name)
@@ -223,8 +242,9 @@ def test_a_run_has_a_name(work, monkeypatch, name):
 @pytest.mark.parametrize('precision', ['32-true', 'bf16-true'])
 def test_sanity_check_before_the_training_does_no_harm(work, monkeypatch, precision):
     monkeypatch.chdir(work)
-    folder = fit('quick', [*TINY, f'--trainer.precision={precision}', '--trainer.num_sanity_val_steps=1', '--trainer.max_epochs=2', '--trainer.limit_train_batches=1'], name='sane')
-    assert read_record(folder)['status'] == 'finished' and len(read_metrics(folder/'metrics.csv')) == 2
+    args = [*TINY, f'--trainer.precision={precision}', '--trainer.max_epochs=2', '--trainer.limit_train_batches=1']
+    checked, unchecked = (fit('quick', [*args, f'--trainer.num_sanity_val_steps={n}'], name='sane') for n in (1, 0))
+    assert figures(checked) == figures(unchecked) and read_record(checked)['test'] == read_record(unchecked)['test']
 
 
 @pytest.mark.parametrize('given, preact', [('false', False), ('False', False), ('no', False), ('true', True)])
@@ -397,8 +417,14 @@ def test_folder_of_runs_that_leads_nowhere_is_said(tmp_path):
 def test_same_few_images_can_be_learned_by_heart(work, monkeypatch):
     "Lightning's trick to find faults gives them in their order, without an epoch's draws."
     monkeypatch.chdir(work)
-    with quiet_lightning(): folder = fit('quick', [*TINY, '--data.on_device=true', '--trainer.overfit_batches=2', '--trainer.max_epochs=1', '--model.schedule=step'], name='by-heart')
+    seen, step = [], Classifier.training_step
+    def watched(self, batch, batch_idx):
+        seen.append(batch['label'].tolist())
+        return step(self, batch, batch_idx)
+    monkeypatch.setattr(Classifier, 'training_step', watched)
+    with quiet_lightning(): folder = fit('quick', [*TINY, '--data.on_device=true', '--trainer.overfit_batches=2', '--trainer.max_epochs=2', '--model.schedule=step'], name='by-heart')
     assert read_record(folder)['status'] == 'finished'
+    assert len(seen) == 4 and seen[:2] == seen[2:] and seen[0] != seen[1]
 
 
 def test_a_name_is_not_taken_twice_and_a_schedule_not_stretched(work, monkeypatch):
@@ -484,10 +510,15 @@ def test_classifier_of_a_data_module_of_ones_own(tmp_path):
         trainer.save_checkpoint(tmp_path/'own.ckpt')
         assert [scores.shape for scores in trainer.predict(classifier, OwnImages())] == [(2, 2), (2, 2)]
         with pytest.raises(TypeError, match=r'a batch is a list, and must be a dict\(img'): another.fit(classifier, OwnImages(as_tuples=True))
+        ten = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]))
+        another.fit(ten, OwnImages().train_dataloader())
+        another.save_checkpoint(tmp_path/'ten.ckpt')
+    assert load_trained(tmp_path/'ten.ckpt')[1] == tuple(f'class {i}' for i in range(10))  # as many as CIFAR-10 has, and none of its
+    with pytest.raises(ValueError, match='ten.ckpt does not say what it was trained on'): test_run(tmp_path/'ten.ckpt')
     assert load_trained(tmp_path/'own.ckpt')[1] == ('class 0', 'class 1')
     endless = Trainer(accelerator='cpu', max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     with quiet_lightning(), pytest.raises(ValueError, match='the trainer needs max_epochs'): endless.fit(Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), schedule='onecycle'), OwnImages())
-    with pytest.raises(ValueError, match='own.ckpt was trained with a data module of its own: name its data by --data'): test_run(tmp_path/'own.ckpt')
+    with pytest.raises(ValueError, match='own.ckpt does not say what it was trained on, .*: name its data by --data'): test_run(tmp_path/'own.ckpt')
 
 
 def test_numbers_of_numpy_are_plain_in_a_checkpoint(work, tmp_path, monkeypatch):
@@ -524,6 +555,46 @@ def test_run_that_was_stopped_early_is_not_resumed_for_more_epochs(work, monkeyp
     with quiet_lightning(): fit('quick', ['--trainer.max_epochs=4'], name='early', resume=True)
     found = read_record(folder)
     assert found['status'] == 'finished' and found['epochs'] == 2 and found['test'] == record['test']
+
+
+def test_run_that_another_callback_of_ones_own_watches_is_stopped_early_all_the_same(work, monkeypatch):
+    "Resumed after it was killed in its test, it trains no further, though the other one has patience left."
+    monkeypatch.chdir(work)
+    args = [*TINY, '--trainer.limit_train_batches=1', '--model.schedule=step', '--trainer.callbacks=EarlyStopping', '--trainer.callbacks.monitor=train_loss', '--trainer.callbacks.patience=100']
+    with quiet_lightning(): folder = fit('quick', [*args, '--trainer.max_epochs=2'], name='two-watch')
+    path = folder/'checkpoints'/'last.ckpt'
+    checkpoint = torch.load(path, weights_only=True)
+    stopping, = (state for name, state in checkpoint['callbacks'].items() if name.startswith('EarlyStopping') and 'val_loss' in name)
+    stopping['wait_count'] = stopping['patience']
+    torch.save(checkpoint, path)
+    (folder/'record.json').write_text(json.dumps(read_record(folder) | {'status': 'interrupted'}))
+    with quiet_lightning(): fit('quick', ['--trainer.max_epochs=4'], name='two-watch', resume=True)
+    assert (read_record(folder)['status'], read_record(folder)['epochs'], len(figures(folder))) == ('finished', 2, 2)
+
+
+def test_run_goes_on_without_the_device_that_it_had(work, monkeypatch):
+    monkeypatch.chdir(work)
+    with quiet_lightning(): folder = fit('quick', [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--model.schedule=step'], name='had-a-tpu')
+    config = (folder/'config.yaml').read_text()
+    assert config.count('accelerator: cpu') == 1
+    (folder/'config.yaml').write_text(config.replace('accelerator: cpu', 'accelerator: tpu'))
+    with quiet_lightning(), pytest.raises(ValueError, match='model.lr is .* and can\'t become 0.5'): fit('quick', ['--trainer.accelerator=cpu', '--model.lr=0.5'], name='had-a-tpu', resume=True)
+    with quiet_lightning(): fit('quick', ['--trainer.accelerator=cpu', '--trainer.max_epochs=2'], name='had-a-tpu', resume=True)
+    assert read_record(folder)['epochs'] == 2
+
+
+def test_an_epoch_that_is_in_no_checkpoint_is_not_the_runs(work, monkeypatch):
+    "Its figures go when the run is resumed, also where no epoch is left to train."
+    monkeypatch.chdir(work)
+    with quiet_lightning(): folder = fit('quick', [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--model.schedule=step'], name='diverged')
+    before, record = figures(folder), read_record(folder)
+    first = (folder/'metrics.csv').read_text().splitlines()[1]
+    with open(folder/'metrics.csv', 'a') as file: file.write(re.sub(r'^0,', '1,', first) + '\n')
+    assert len(figures(folder)) == 2
+    (folder/'record.json').write_text(json.dumps(record | {'status': NOT_FINITE, 'epochs': 2}))
+    with quiet_lightning(): fit('quick', ['--trainer.max_epochs=1'], name='diverged', resume=True)
+    found = read_record(folder)
+    assert figures(folder) == before and [found[key] for key in ('status', 'epochs', 'wall_s', 'test')] == ['finished', 1, record['wall_s'], record['test']]
 
 
 def test_every_rank_is_told_the_folder_of_the_run(work):
@@ -676,6 +747,12 @@ def test_hostile_checkpoints_are_refused_and_execute_nothing(tmp_path, straight)
     with zipfile.ZipFile(found) as stored, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as packed:
         for name in stored.namelist(): packed.writestr(name, stored.read(name))
     with pytest.raises(ValueError, match='bad.ckpt is refused: it is compressed'): load_classifier(path)
+    with zipfile.ZipFile(found) as stored, zipfile.ZipFile(path, 'w') as packed:
+        for name in stored.namelist(): packed.writestr(name, stored.read(name))
+        for i in range(100):
+            packed.filelist.append(copy(max(packed.filelist, key=lambda part: part.file_size)))  # the same bytes under one more name
+            packed.filelist[-1].filename += f'-{i}'
+    with pytest.raises(ValueError, match='bad.ckpt is refused: it says of the same bytes more than once'): load_classifier(path)
     for raw in (b'', b'no checkpoint', b'a: 1\n', b'epoch,lr\n', pickle.dumps(Runs(trap)), found.read_bytes()[:1000], found.read_bytes()[-1000:]):
         path.write_bytes(raw)
         with pytest.raises(ValueError, match='bad.ckpt'): load_classifier(path)
@@ -693,6 +770,23 @@ def test_full_disk_is_said_and_leaves_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', broken)
     with pytest.raises(RuntimeError, match='CUDA error'): io.save_checkpoint({}, path)  # not said to be the disk's
     assert torch.load(path)['state_dict']['w'].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ['last.ckpt']
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGXFSZ'), reason='no limit for the size of files here')
+def test_disk_that_is_full_within_a_checkpoint_is_said(tmp_path):
+    "By PyTorch's own writer, whose error is not the disk's."
+    code = '''
+import resource, signal, torch
+from fishnet_nb.training import AtomicCheckpointIO
+AtomicCheckpointIO().save_checkpoint({'state_dict': {'w': torch.ones(3)}}, 'last.ckpt')
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try: AtomicCheckpointIO().save_checkpoint({'state_dict': {'w': torch.ones(1_000_000)}}, 'last.ckpt')
+except OSError as error: print(error)
+'''
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert 'what was written before is intact' in done.stdout, done.stdout + done.stderr
+    assert torch.load(tmp_path/'last.ckpt')['state_dict']['w'].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ['last.ckpt']
 
 
 def test_best_checkpoint_moves_with_its_run(tmp_path):
