@@ -119,8 +119,8 @@ def _near_change(
 # %% ../nbs/cli.ipynb #4701cd19
 def _run_test(args: argparse.Namespace) -> int:
     """Test a run's best checkpoint, a checkpoint file, or weights on all test images. Writes test.json, with the errors on each dataset tested, and the
-    pictures history.png (of a run), confusion.png and predictions.png beside it, with the name of a file that isn't a run's best checkpoint in front; for the weights in
-    the package, into results/pretrained."""
+    pictures history.png (of a run), confusion.png and predictions.png beside it, with its name in front for a file that isn't a run's best checkpoint;
+    for the weights in the package, into results/pretrained."""
     from fishnet_nb.models import pretrained_path
     from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, read_tests, record_test, test_run
     path = pretrained_path('fishnet73') if args.tested is None else find_checkpoint(args.tested)

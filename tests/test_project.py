@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from project import BIN, ROOT, check, copy_project, make_readme, run
+from project import BIN, ROOT, check, copy_project, make_readme, published, run
 
 
 @pytest.fixture(scope='module')
@@ -94,12 +94,6 @@ def test_version_is_the_same_wherever_it_stands():
 
 
 def test_readme_is_the_index(): assert (ROOT/'README.md').read_text(encoding='utf-8') == make_readme(ROOT), 'run `make prepare`'
-
-
-def published(pattern: str) -> list[Path]:
-    "The files of that pattern that belong to the project; a reader's own runs beside them are left alone."
-    known = check('git', 'ls-files', '-z', cwd=ROOT).split('\0')
-    return [path for path in sorted(ROOT.glob(pattern)) if str(path.relative_to(ROOT)) in known]
 
 
 def test_records_agree_with_their_metrics():
@@ -214,9 +208,18 @@ def test_pages_state_the_errors_of_the_weights_and_of_the_seeds():
     assert len(tested) == 2
     for entry in tested:
         for how, e in entry['errors'].items(): assert f'| {entry["data"]["description"]} | {entry["data"]["n_test"]:,} | {how} | {e["top1_error"]:.1%} | {e["top5_error"]:.1%} |' in pages['08_testing']
-    for name in 'cpu', 'cpu-wide':
+    for name in 'cpu', 'cpu-wide', 'cpu-resnet':
         errors = [100*json.loads((ROOT/'results'/run/'record.json').read_text(encoding='utf-8'))['test']['top1_error'] for run in (name, f'{name}-seed-43', f'{name}-seed-44')]
         assert f'{name}, {len(errors)} seeds, top1_error: {statistics.mean(errors):.2f} % on average, standard deviation {statistics.stdev(errors):.2f}' in pages['09_results']
+
+
+def test_page_of_results_has_the_resnet_that_costs_as_much():
+    from fishnet_nb.training import read_record
+    text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
+    for name in 'cpu-tail', *(f'{name}{seed}' for name in ('cpu', 'cpu-resnet') for seed in ('', '-seed-43', '-seed-44')):
+        record = read_record(ROOT/'results'/name)
+        row = f'| {record["params"]/1e6:.2f} M | {record["flops"]/1e6:.0f} | {record["seed"]} | ', f'| {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["test"]["top5_error"]:.1%} |'
+        assert any(f'"| {name} | ' in line and all(part in line for part in row) for line in text.splitlines()), name
 
 
 def test_page_of_results_has_the_proposals():
@@ -242,7 +245,8 @@ def test_page_of_versatility_states_what_its_records_say():
     assert names == {*CONTENDERS, *(f'{name}-frozen' for name in CONTENDERS)} and len(records) == 3*len(names)
     for name in names:
         of_name = [record for record in records if record['name'] == name]
-        rows = [line for line in text.splitlines() if f'"| {of_name[0]["arch"]} ' in line and f'| {of_name[0]["pixels"]} |' in line]
+        kind = 'FishNet' if of_name[0]['arch'].startswith('fishnet') else 'ResNet'
+        rows = [line for line in text.splitlines() if f'"| {kind} (' in line and f'| {of_name[0]["pixels"]} |' in line]
         row = rows[name.endswith('-frozen')]
         for key in of_name[0]['test']: assert f'| {100*sum(record["test"][key] for record in of_name)/len(of_name):.1f} (' in row, (name, key)
 
