@@ -235,9 +235,6 @@ def _run_export(args: argparse.Namespace) -> int:
     import hashlib
     from fishnet_nb.testing import export_weights, find_checkpoint
     run, out = args.name, args.out
-    if Path(run).is_file():
-        if Path(run).parts[-2:] != ('checkpoints', 'best.ckpt'): raise ValueError(f'{run}: name a run, its folder or its checkpoints/best.ckpt, which is what is exported')
-        run = _folder_of(Path(run))
     out = out or find_checkpoint(run).parent.parent/'weights.safetensors'
     if out.suffix != '.safetensors': raise ValueError(f'{out} is not the name of a .safetensors file')
     path = export_weights(run, out, half=args.half)

@@ -230,8 +230,8 @@ def save_weights(
     about: dict,  # arch, arch_args, num_classes, in_channels, classes, and what else is known of them; plain values
 ) -> Path:
     """Write a model's weights and what they belong to, also of a model wrapped by torch.compile or DistributedDataParallel; until all is written, an
-    earlier file stays. FileNotFoundError if there is no such folder, ValueError if the weights are not those of the model that `about` describes, or
-    if either can't be written."""
+    earlier file stays. FileNotFoundError if there is no such folder, ValueError for another suffix, if the weights are not those of the model that
+    `about` describes, or if either can't be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     arch_args = about.get('arch_args')
@@ -241,7 +241,7 @@ def save_weights(
     if not is_backbone and isinstance(about.get('classes'), Sized) and len(about['classes']) != about['num_classes']:
         raise ValueError(f'{path} is not written: about names {len(about["classes"])} classes, and num_classes is {about["num_classes"]}; name as many, or leave classes out')
     model = _unwrapped(model)
-    if Path(path).suffix != '.safetensors': raise ValueError(f'{str(path)!r} is not the name of a .safetensors file, and what is loaded is told by that')
+    if Path(path).suffix != '.safetensors': raise ValueError(f'{str(path)!r} is not the name of a .safetensors file, by which it is known when it is loaded')
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f'{Path(path).parent} is not a folder that exists: make it first')
     weights = model.state_dict()
     if any(tensor.is_meta for tensor in weights.values()): raise ValueError(f'{path} is not written: the weights are on the device meta, which has shapes only')

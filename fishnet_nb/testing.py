@@ -87,7 +87,7 @@ def find_checkpoint(
         raise FileNotFoundError(f'{run!s} is a record without checkpoints/best.ckpt, since records are kept without their checkpoints: '
                                 f'train again, by `fishnet-nb reproduce {run!s}`, or name another run')
     if begun := next((folder for folder in folders if (folder/'config.yaml').is_file()), None):
-        raise FileNotFoundError(f'{run!s} has no checkpoint yet, since it was stopped before its first step: go on by its `fishnet-nb fit` with --name {begun.name} --resume')
+        raise FileNotFoundError(f'{run!s} has no checkpoint yet, and no record: it is just beginning, or was stopped before its first step; go on by its `fishnet-nb fit` with --name {begun.name} --resume')
     known = sorted(path.parent.parent.name for path in Path(root).glob('*/checkpoints/best.ckpt'))
     raise FileNotFoundError(f'{run!s} is neither a checkpoint nor a run: {"in " + str(root) + " there are " + ", ".join(known) if known else "train first, as by `fishnet-nb fit quick`"}')
 
@@ -147,6 +147,7 @@ def export_weights(
     weights that float16 can't hold."""
     check_switches(half=half)
     checkpoint = find_checkpoint(run, root)
+    if checkpoint.parts[-2:] != ('checkpoints', 'best.ckpt'): raise ValueError(f'{run!s}: name a run, its folder or its checkpoints/best.ckpt, which is what is exported')
     record = read_record(checkpoint.parent.parent)  # of the same run, where several folders have its name
     if record['status'] != 'finished': raise ValueError(f'{run!s}: the run was {record["status"]}; resume it by --resume, then export its weights')
     if not isinstance(record['hparams'], dict) or not isinstance(record['hparams'].get('model'), dict): raise ValueError(f'{run!s} is not a whole run record: its hparams name no model')

@@ -20,7 +20,7 @@ from fishnet_nb.cli import _repeatable, main
 from fishnet_nb.data import CIFAR_MEAN, CIFAR_STD
 from fishnet_nb.models import load_weights, read_weights, save_weights
 from fishnet_nb.shapes import make_shapes, write_shapes
-from fishnet_nb.testing import load_trained
+from fishnet_nb.testing import export_weights, load_trained
 from fishnet_nb.training import NOT_FINITE, read_metrics, read_record
 
 import runs
@@ -359,6 +359,7 @@ def test_weights_are_exported_with_the_record_of_their_run(inside):
     write_record(inside/'tiny', json.dumps(ours | {'seed': 7, 'test': ours['test'] | {'top1_error': 0.}}))
     assert main(['export', 'tiny', '--out', 'ours.safetensors']) == 0
     shutil.rmtree(inside/'tiny')
+    with pytest.raises(ValueError, match='name a run, its folder or its checkpoints/best.ckpt'): export_weights('results/tiny/checkpoints/last.ckpt', 'last.safetensors')
     about = read_weights('ours.safetensors')[1]
     assert (about['seed'], about['test']) == (ours['seed'], ours['test'])
 

@@ -186,16 +186,14 @@ def test_two_ranks_stop_on_sigterm_and_resume(work):
 
 def test_two_ranks_stop_on_sigterm_in_their_test(work):
     "Which is made up for when the run is resumed."
-    args = [*TINY, '--data.batch_size=1', '--trainer.max_epochs=1', '--trainer.limit_train_batches=2', '--model.schedule=step']
+    args = [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=2', '--model.schedule=step', '--trainer.callbacks=runs.WaitsInItsTest']
     process = start(work, '--name=tested', *args, '--trainer.accelerator=cpu', '--trainer.devices=2', '--trainer.strategy=ddp', process_group=0)
-    wait_for_epochs(process, work/'results'/'tested', 1)
-    wait_until((work/'results'/'tested'/'checkpoints'/'last.ckpt').is_file)
-    time.sleep(.5)
-    assert process.poll() is None and 'test' not in read_record(work/'results'/'tested')
+    wait_until(lambda: process.poll() is not None or all((work/f'testing-{rank}').is_file() for rank in range(2)))
     os.killpg(process.pid, signal.SIGTERM)
     err = told_by_all(process)
     assert process.returncode == 130 and 'go on by: fishnet-nb fit quick --name tested --resume' in err, err
     assert read_record(work/'results'/'tested')['status'] == 'interrupted'
+    (work/'go-on').touch()
     finish(start(work, '--name=tested', '--resume'))
     record = read_record(work/'results'/'tested')
     assert record['epochs'] == 1 and record['test']['n'] == record['data']['n_test']
