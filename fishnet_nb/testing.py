@@ -214,7 +214,7 @@ def record_test(
     entry = dict(data={key: data[key] for key in ('description', 'sha256', 'n_test')}, errors=errors, tested=tested.name, tested_sha256=hashlib.sha256(tested.read_bytes()).hexdigest(),
                  commit=code_commit(), device=device_name(best_device()), versions=package_versions())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps([*(earlier | {(entry['data']['sha256'], entry['tested_sha256']): entry}).values()], indent=1, ensure_ascii=False) + '\n')
+    write_atomically(path, json.dumps([*(earlier | {(data['sha256'], entry['tested_sha256']): entry}).values()], indent=1, ensure_ascii=False) + '\n')
 
 # %% ../nbs/08_testing.ipynb #99adb1ae
 def plot_history(

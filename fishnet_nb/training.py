@@ -849,7 +849,6 @@ def _run(cli: RecipeCLI, folder: Path, recipe: str, resume: bool) -> Path:
             if scratch.name.split('.')[1].isdecimal() and scratch.is_file(): scratch.unlink()
     try:
         trainer.fit(model, data, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
-        recorder.listen(trainer)  # until the test begins
         if not recorder.has_started:  # all epochs were done before
             if earlier and earlier['status'] == 'finished':
                 if (folder/'config.yaml').read_text(encoding='utf-8') == recorder.config:

@@ -103,7 +103,7 @@ def test_run_killed_in_its_test_is_tested_when_resumed(work, straight):
     torch.save(content, best)
     (folder/'record.json').write_bytes(record)
     files = {path: path.read_bytes() for path in folder.glob('**/*.*')}
-    finish(Run(work, '--name=moved', '--resume'))
+    assert 'results/moved was finished before, and nothing was trained' in finish(Run(work, '--name=moved/', '--resume'))
     for change, told in ('--trainer.benchmark=true', 'moved is finished'), ('--model.mirror=false', "model.mirror is True in results/moved and can't become False"):
         again = Run(work, '--name=moved', '--resume', change)
         assert told in again.communicate(timeout=60)[1] and again.returncode == 2
@@ -213,6 +213,8 @@ def test_run_whose_loss_is_not_finite_is_stopped(work, monkeypatch):
     monkeypatch.chdir(work)
     with pytest.raises(FloatingPointError, match='no longer finite.*lower the learning rate'):
         fit('quick', [*TINY, '--trainer.max_epochs=3', '--trainer.limit_train_batches=5', '--model.lr=1e30', '--model.arch_args.final_norm=false'], name='nan')
+    with pytest.raises(FloatingPointError, match='no longer finite in epoch 1 .*by --model.lr$'):  # the last normalisation is there
+        fit('quick', [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=5', '--model.lr=1e30'], name='nan-normed')
     assert read_record('nan')['status'] == NOT_FINITE
     assert not (work/'results'/'nan'/'checkpoints'/'best.ckpt').exists()
 
