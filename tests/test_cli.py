@@ -392,9 +392,10 @@ def test_run_is_named_alike_everywhere(inside, capsys):
         assert main(['export', run, '--out', 'mine.safetensors']) == 0
     assert main(['export', 'results/tiny/checkpoints/last.ckpt']) == 2 and 'name a run, its folder or its checkpoints/best.ckpt' in capsys.readouterr().err
     assert main(['predict', 'here.png', '--checkpoint', 'nothing']) == 2 and 'neither a checkpoint nor a run' in capsys.readouterr().err
-    (inside/'results'/'begun').mkdir()
-    shutil.copy('results/tiny/config.yaml', 'results/begun')
-    assert main(['test', 'begun']) == 2 and 'go on by its `fishnet-nb fit` with --name begun --resume' in capsys.readouterr().err
+    (inside/'results'/'no-step-yet').mkdir()
+    shutil.copy('results/tiny/config.yaml', 'results/no-step-yet')
+    assert main(['test', 'no-step-yet']) == 2 and 'go on by its `fishnet-nb fit` with --name no-step-yet --resume' in capsys.readouterr().err
+    shutil.rmtree('results/no-step-yet')
     Path('predictions.png').write_text('mine')
     assert main(['test', 'mine.safetensors']) == 0 and 'mine-predictions.png' in capsys.readouterr().out
     assert Path('predictions.png').read_text() == 'mine' and Image.open('mine-confusion.png').size[0] > 300
