@@ -106,14 +106,18 @@ def _near_change(
     import inspect
     from pytorch_lightning import Trainer
     from fishnet_nb.data import CIFARDataModule
+    from fishnet_nb.models import FishNet
     from fishnet_nb.training import Classifier
     if 'unrecognized' not in message: return ''
     wrong = next((change.split('=')[0] for change in changes if change.startswith('--') and change.split('=')[0] in message), '')
     part, _, name = wrong.partition('.')
-    made = {'--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}
-    if not name: return _near(wrong, ['--name', '--resume', '--seed_everything']) if wrong else ''
-    part = part if part in made else next(iter(get_close_matches(part, made, n=1)), None)
-    near = get_close_matches(name, inspect.signature(made[part]).parameters, n=1) if part and '.' not in name else []
+    known = {made: [*inspect.signature(takes).parameters] for made, takes in {'--model.arch_args': FishNet, '--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}.items()}
+    if not name:
+        of_part = {name: made for made, names in known.items() for name in names if name not in ('seed', 'num_classes', 'features_only', 'min_epochs')}  # not free, or not meant
+        near = get_close_matches(wrong.strip('-').replace('-', '_'), of_part, n=1)
+        return _near(wrong, ['--name', '--resume', '--seed_everything']) or (f'; did you mean {of_part[near[0]]}.{near[0]}?' if near else '') if wrong else ''
+    part = part if part in known else next(iter(get_close_matches(part, known, n=1)), None)
+    near = get_close_matches(name, known[part], n=1) if part and '.' not in name else []
     return f'; did you mean {part}.{near[0]}?' if near else ''
 
 # %% ../nbs/cli.ipynb #4701cd19

@@ -739,9 +739,10 @@ class CIFARDataModule(LightningDataModule):
     ):
         super().__init__()
         data = str(data)
-        if not (is_whole(batch_size) and isinstance(val_fraction, Real) and 0 <= val_fraction < 1 and is_whole(seed, 0) and (num_workers is None or is_whole(num_workers, 0))):
-            raise ValueError(f'{batch_size=}, {val_fraction=}, {seed=}, {num_workers=}; allowed are a batch_size from 1, '
-                             'a val_fraction from 0 to below 1, a seed from 0, and num_workers from 0 or None')
+        if not is_whole(batch_size): raise ValueError(f'{batch_size=}: a whole number from 1 up is expected')
+        if not (isinstance(val_fraction, Real) and 0 <= val_fraction < 1): raise ValueError(f'{val_fraction=}: a number from 0 to below 1 is expected')
+        if not is_whole(seed, 0): raise ValueError(f'{seed=}: a whole number from 0 up is expected')
+        if not (num_workers is None or is_whole(num_workers, 0)): raise ValueError(f'{num_workers=}: a whole number from 0 up is expected, or None')
         check_switches(on_device=on_device)
         if on_device and num_workers: raise ValueError(f'{on_device=}, {num_workers=}: images on the device are loaded without processes; leave num_workers at 0 or None')
         _check_augment(augment, cutout_px, 32)

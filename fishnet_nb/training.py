@@ -58,7 +58,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn, Tensor
 from torchmetrics import MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy
 
 from . import __version__
 from .data import CIFARDataModule
@@ -71,8 +71,7 @@ def make_metrics(
 ) -> nn.ModuleDict:
     "What is counted in an epoch: the mean loss, the images, and which of them are right."
     how = dict(average='micro', validate_args=False)  # the loss has checked the labels, and a GPU needn't wait for a check
-    right = MetricCollection({'f1': MulticlassF1Score(num_classes, **how), 'top1': MulticlassAccuracy(num_classes, **how),
-                              'top5': MulticlassAccuracy(num_classes, min(5, num_classes), **how)}, compute_groups=False)
+    right = MetricCollection({f'top{k}': MulticlassAccuracy(num_classes, min(k, num_classes), **how) for k in (1, 5)}, compute_groups=False)
     total = lambda: SumMetric(nan_strategy='disable')  # a NaN counts, and a GPU needn't wait for a look for one
     return nn.ModuleDict({'loss': total(), 'n': total(), 'right': right})
 
@@ -82,7 +81,7 @@ def summarise(
     "The figures of an epoch; the metrics start afresh."
     right = metrics['right'].compute()
     n = metrics['n'].compute()
-    out = dict(loss=metrics['loss'].compute()/n, f1=right['f1'], top1_error=1 - right['top1'], top5_error=1 - right['top5'], n=n)
+    out = dict(loss=metrics['loss'].compute()/n, f1=right['top1'], top1_error=1 - right['top1'], top5_error=1 - right['top5'], n=n)
     for metric in metrics.values(): metric.reset()
     return out
 
@@ -528,7 +527,9 @@ def read_record(
     "A run's record. FileNotFoundError if there is none, ValueError if it can't be read."
     candidates = [Path(run), Path(run)/'record.json', Path(root)/run/'record.json']
     path = next((path for path in candidates if path.is_file()), None)
-    if path is None: raise FileNotFoundError(f'{run!s}: no record.json there, nor in {Path(root)/run}')
+    if path is None:
+        known = sorted(path.parent.name for path in Path(root).glob('*/record.json'))
+        raise FileNotFoundError(f'{run!s}: no record.json there, nor in {Path(root)/run}' + (f'; in {root} there are {", ".join(known)}' if known else ''))
     try: record = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error: raise ValueError(f'{path} is not a run record: {error}') from None
     missing = [key for key in ('name', 'recipe', 'hparams', 'data', 'status') if not isinstance(record, dict) or key not in record]
@@ -688,7 +689,21 @@ def _parse(
     try: return RecipeCLI(Classifier, CIFARDataModule, args=['--config', str(config), *args], run=False, save_config_callback=None,
                           trainer_defaults=defaults, seed_everything_default=42, auto_configure_optimizers=False,
                           load_from_checkpoint_support=False, parser_kwargs=dict(exit_on_error=False, allow_abbrev=False))
-    except ArgumentError as error: raise ValueError(str(error).replace('"<unicode string>"', str(config))) from None
+    except ArgumentError as error: raise ValueError(_said(str(error)).replace('"<unicode string>"', str(config))) from None
+
+def _said(
+    message: str,  # of the parser
+) -> str:
+    "What it says of an argument, in a sentence, without Python's names for what is expected."
+    if linked := re.fullmatch('Linked "(.*)" must be given via "(.*)".', message): return f'{linked[1]} can\'t be given: it follows from {linked[2]}'
+    key, values = re.match('Parser key "(.*)":', message), re.findall(r'(?:Given|Got) value: (.*)', message)
+    types = re.search(r'Subtypes: \[(.*)\]$|Expected an? (.*?)\. Got', message, re.MULTILINE)
+    if not (key and values and types): return message
+    allowed = types[1] or types[2]
+    for name, said in [(r"<class '(.*?)'>|typing\.Literal\[(.*?)\]", r'\1\2'), (r'\bint\b', 'a whole number'), (r'\bfloat\b', 'a number'), (r'\bbool\b', 'true or false'), ('NoneType|None', 'null'),
+                       (r'dict\[str, .*? null\]', 'entries as in {widths: [16, 32, 64], k: 2}')]: allowed = re.sub(name, said, allowed)
+    given = re.sub(r"^NestedArg\(key='(.*?)', val='?(.*?)'?\)$", r'{\1: \2}', values[-1])
+    return f'{key[1]} is {given}, and has to be {"one of " if ", " in allowed else ""}{allowed}'
 
 def _callbacks(folder: Path, recorder: RunRecorder, schedule: str) -> list[Callback]:
     "What accompanies a run: the record, the last and the best checkpoint, and early stopping, but not of a one-cycle schedule, which gains most at its end."
