@@ -108,7 +108,7 @@ def _near_change(
     from fishnet_nb.data import CIFARDataModule
     from fishnet_nb.models import FishNet
     from fishnet_nb.training import Classifier
-    if 'unrecognized' not in message: return ''
+    if 'unrecognized' not in message.lower(): return ''
     wrong = next((change.split('=')[0] for change in changes if change.startswith('--') and change.split('=')[0] in message), '')
     part, _, name = wrong.partition('.')
     known = {made: [*inspect.signature(takes).parameters] for made, takes in {'--model.arch_args': FishNet, '--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}.items()}

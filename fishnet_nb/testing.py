@@ -60,10 +60,14 @@ def evaluate(
     classifier: torch.nn.Module,  # [n, C, H, W] -> [n, classes]; it is put in eval mode
     loader: Iterable[dict],  # batches dict(img, label), such as a DataLoader gives; images get the device and the precision of the weights
 ) -> Evaluation:
-    "Scores and labels of all images of `loader`, in its order, and the errors. ValueError for an empty loader, TypeError for batches of another form."
+    "Scores and labels of all images of `loader`, in its order, and the errors. ValueError for an empty loader, TypeError for batches of another form, and a network without scores."
     weight = next(classifier.parameters())
     classifier.eval()
-    batches = [(classifier(images.to(weight)).float().cpu(), labels.cpu()) for images, labels in (batch_parts(batch, 'img', 'label') for batch in loader)]
+    def scores(images: Tensor) -> Tensor:
+        found = classifier(images.to(weight))
+        if not isinstance(found, Tensor): raise TypeError(f'the network gives a {type(found).__name__}, and scores, [n, classes], are needed: one made with features_only=True gives none')
+        return found.float().cpu()
+    batches = [(scores(images), labels.cpu()) for images, labels in (batch_parts(batch, 'img', 'label') for batch in loader)]
     if not batches: raise ValueError('the loader is empty: there is nothing to evaluate')
     logits, labels = (torch.cat(parts) for parts in zip(*batches))
     return Evaluation(logits, labels, *top_k_errors(logits, labels))
