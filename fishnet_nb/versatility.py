@@ -31,7 +31,7 @@ PIXELS = 'finest', 'coarsest', 'all'  # the features from which each pixel's cla
 class Outputs(NamedTuple):
     "What three heads say of N images."
     scores: Tensor  # [N, classes]
-    boxes: Tensor  # [N, 4]: left, top, right, bottom, in images
+    boxes: Tensor  # [N, 4]: left, top, right, bottom, as shares of the image's side
     pixels: Tensor  # [N, 1 + classes, H, W]: scores of the background and of each class
 
 class ThreeHeads(nn.Module):
