@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import nn, Tensor
 
 from .data import CIFARDataModule, available_data
-from .models import count_complexity, create_model, stage_table
+from .models import count_complexity, create_model
 from .testing import best_device
 from .training import code_commit, compile_problem, device_name, has_fast_bf16, package_versions
 
@@ -202,8 +202,7 @@ def _add_shares(record: dict) -> None:
 
 def _widths(arch: str, arch_args: dict) -> list[int]:
     "The tail's widths: of the stem and of each stage but the last, which keeps its width."
-    rows = stage_table(create_model(arch, **arch_args))
-    return [row.out_channels for row in rows if row.stage == 'stem' or row.stage.startswith('t')][:-1]
+    with torch.device('meta'): return list(create_model(arch, **arch_args).tail.widths)
 
 def _scaled(arch: str, arch_args: dict, factor: float) -> dict:
     "The model's arguments with its widths times a factor."
@@ -287,7 +286,8 @@ def bottleneck(
 def bench_command(
     record: dict,  # from `bench`
 ) -> str:
-    "The command that measures the same again."
+    "The command that measures the same again; nothing where its arguments are more than the command takes."
+    if set(record['arch_args']) - {'widths', 'tail', 'k', 'stem_stride'}: return ''
     sizes = {f'--{key.replace("_", "-")}': value if isinstance(value, (list, tuple)) else [value] for key, value in record['arch_args'].items()}
     whole = sum(_widths(record['arch'], record['arch_args']))
     asked = sizes | {'--width-factor': [f'{sum(size["widths"])/whole:.4g}' for size in record['sizes']], '--batch-size': dict.fromkeys(row['batch_size'] for row in record['rows'])}
@@ -298,12 +298,13 @@ def bench_command(
 def bench_report(
     record: dict,  # from `bench`
 ) -> str:
-    "A benchmark in Markdown: what was measured, where, the table, what is the bottleneck, and the command that measures it again."
+    "A benchmark in Markdown: what was measured, where, the table, what is the bottleneck, and the command that measures it again, if there is one."
     sizes = '; '.join(f'width {size["widths"][0]}: {size["params"]/1e6:.2f} M parameters, {size["flops"]/1e9:.2f} GFLOPs' for size in record['sizes'])
     where = (f'{record["device"]}, {record["peak_flops"]/1e9:,.0f} GFLOP/s in a {record["peak_dtype"]} matrix product; '
              f'commit {record["commit"]}, PyTorch {record["versions"]["torch"]}')
     left_out = f' Nothing is compiled: {record["left_out"]}.' if 'left_out' in record else ''
-    parts = f'{record["arch"]}, {sizes}. {where}.{left_out}', bench_table(record), bottleneck(record), f'Again: `{bench_command(record)}`'
+    command = bench_command(record)
+    parts = f'{record["arch"]}, {sizes}. {where}.{left_out}', bench_table(record), bottleneck(record), command and f'Again: `{command}`'
     return '\n\n'.join(filter(None, parts))
 
 def plot_bench(

@@ -126,17 +126,18 @@ def _run_test(args: argparse.Namespace) -> int:
     pictures history.png (of a run), confusion.png and predictions.png beside it, with its name in front for a file that isn't a run's best checkpoint;
     for the weights in the package, into results/pretrained."""
     from fishnet_nb.models import pretrained_path
-    from fishnet_nb.testing import best_device, evaluate, find_checkpoint, load_trained, plot_confusion, plot_history, plot_predictions, read_tests, record_test, test_run
+    from fishnet_nb.testing import best_device, evaluate, find_checkpoint, plot_confusion, plot_history, plot_predictions, read_tests, read_trained, record_test
     path = pretrained_path('fishnet73') if args.tested is None else find_checkpoint(args.tested)
     folder = Path('results/pretrained') if args.tested is None else _folder_of(path)
     is_run = args.tested is not None and path == folder/'checkpoints'/'best.ckpt'
     _check_writable(folder)
     read_tests(folder/'test.json')  # or the test would be made for nothing
-    found, module = test_run(path, args.data)
-    classifier, names = load_trained(path)
+    trained = read_trained(path)
+    classifier, names, module = trained.classifier.to(best_device()), trained.classes, trained.data_module(args.data)
+    found = evaluate(classifier, module.test_dataloader())
     if not {*names} & {*module.classes}: print(f'note: the network knows the classes {", ".join(names)}, and the data has {", ".join(module.classes)}; its first class counts as the first of the data, and so on', file=sys.stderr)
     tests = {'alone': found}
-    if classifier.hparams.mirror: tests = {'mirrored': found, 'alone': evaluate(classifier.model.to(best_device()), module.test_dataloader())}
+    if classifier.hparams.mirror: tests = {'mirrored': found, 'alone': evaluate(classifier.model, module.test_dataloader())}
     info = module.data_info()
     print(_compare('this run' if is_run else path.name, info['description'], tests), flush=True)
     record_test(folder/'test.json', path, tests, info)

@@ -554,8 +554,8 @@ def stratified_split(
 
 # %% ../nbs/01_data.ipynb #b2ebf17c
 class EpochSampler(DistributedSampler):
-    """Yields this rank's images. In training as `(epoch, index)`, in an order that depends on (seed, epoch) alone, and all ranks get the same number;
-    otherwise as `index`, in order, and each image goes to exactly one rank. `set_epoch` says which epoch it is; until it does, each is the first one."""
+    """Yields this rank's images. In training as `(epoch, index)`, in an order that depends on (seed, epoch) alone, and all ranks get the same number: what
+    can't be shared out is left out of that epoch, and so is an image of each rank that would be a batch by itself; otherwise as `index`, in order, and each image goes to exactly one rank. `set_epoch` says which epoch it is; until it does, each is the first one."""
     def __init__(
         self,
         n: int,  # images
@@ -709,6 +709,13 @@ class DeviceDataset(Dataset):
             drawn = draw(self.augment, self.cutout_px, len(self), self.images.shape[-1], self.seed, epoch, 1)  # 1: the order has (seed, epoch)
             self.drawn = {epoch: drawn.each(lambda part: part.to(self.images.device))}
         return self.drawn[epoch]
+
+    def __getitem__(
+        self,
+        at: int | tuple[int, int],  # index, or (epoch, index)
+    ) -> dict:  # img, label
+        "An image and its label, as `CIFARDataset` gives them."
+        return {key: part[0] for key, part in self.__getitems__([at]).items()}
 
     def __getitems__(
         self,

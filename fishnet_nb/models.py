@@ -74,27 +74,24 @@ class FishNet(nn.Module):
         return features if self.classifier is None else self.classifier(features[-1])
 
 # %% ../nbs/06_fishnet.ipynb #293f9b7d
-def _architectures() -> dict[str, tuple[type[nn.Module], dict]]:
-    "Each named model's class and its depths."
-    return {
-        'fishnet73': (FishNet, dict(tail=(1, 1, 1, 2))),
-        'fishnet99': (FishNet, dict(tail=(3, 4, 6, 3))),
-        'fishnet150': (FishNet, dict(tail=(3, 4, 6, 4), body=(2, 3, 2), head=(3, 4, 6, 3))),
-        'resnet50': (ResNet, dict(tail=(3, 4, 6, 3))),
-    }
+_ARCHITECTURES = {  # each named model's class and its depths
+    'fishnet73': (FishNet, dict(tail=(1, 1, 1, 2))),
+    'fishnet99': (FishNet, dict(tail=(3, 4, 6, 3))),
+    'fishnet150': (FishNet, dict(tail=(3, 4, 6, 4), body=(2, 3, 2), head=(3, 4, 6, 3))),
+    'resnet50': (ResNet, dict(tail=(3, 4, 6, 3))),
+}
 
 def list_models() -> list[str]:
     "The names that `create_model` knows."
-    return list(_architectures())
+    return list(_ARCHITECTURES)
 
 def _lookup(name: str) -> tuple[type[nn.Module], dict]:
     "Class and depths of the model called `name`; ValueError with the known names."
-    known = _architectures()
-    if not isinstance(name, str) or name not in known:
-        near = get_close_matches(str(name), known, n=1)
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
+        near = get_close_matches(str(name), _ARCHITECTURES, n=1)
         hint = f'; did you mean {near[0]!r}?' if near else ''
-        raise ValueError(f'unknown model {name!r}: known are {", ".join(known)}{hint}')
-    return known[name]
+        raise ValueError(f'unknown model {name!r}: known are {", ".join(_ARCHITECTURES)}{hint}')
+    return _ARCHITECTURES[name]
 
 def create_model(
     name: str,  # one of `list_models()`
@@ -273,7 +270,7 @@ def read_about(
 def _read(path: str | Path, what: Callable[['safetensors.safe_open'], dict]) -> dict:
     "What is wanted of an open file of weights."
     from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not there: give a .safetensors file, such as `fishnet-nb export` writes')
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is {"a folder" if Path(path).is_dir() else "not there"}: give a .safetensors file, such as `fishnet-nb export` writes')
     try:
         with safe_open(path, 'pt') as file: return what(file)
     except KeyError as error: raise ValueError(f'{path} holds no weights of this library: it lacks {error}, what they belong to') from None

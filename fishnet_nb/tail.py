@@ -87,7 +87,7 @@ class Tail(nn.Module):
         check_switches(preact=preact, bridge=bridge, repeat_shortcut=repeat_shortcut)
         if not is_whole(in_channels): raise ValueError(f'in_channels={in_channels!r}: images have a whole number of channels, from 1 up')
         self.stem = make_stem(in_channels, widths[0], preact, stem_stride)
-        self.in_channels, self.strides = int(in_channels), tuple(stem_stride*2**i for i in range(len(widths)))
+        self.widths, self.in_channels, self.strides = widths, int(in_channels), tuple(stem_stride*2**i for i in range(len(widths)))
         self.stages = nn.ModuleDict({
             f't{i+1}': TailStage(*make_layer(widths[i], widths[i+1], depths[i], preact=preact, repeat_shortcut=repeat_shortcut), nn.MaxPool2d(2))
             for i in range(len(widths) - 1)})

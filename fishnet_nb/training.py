@@ -7,8 +7,8 @@ __all__ = ['NOT_FINITE', 'CIRCUMSTANCES', 'UNFINISHED', 'COLUMNS', 'make_metrics
            'compile_problem', 'list_recipes', 'recipe_name', 'recipe_path', 'has_fast_bf16', 'RecipeCLI',
            'write_atomically', 'AtomicCheckpointIO', 'MovableCheckpoint', 'SyncedBatchNorm2d', 'CPUBatchNormSync',
            'device_name', 'describe_device', 'code_commit', 'package_versions', 'read_metrics', 'RunRecorder',
-           'read_record', 'results_table', 'read_checkpoint', 'load_classifier', 'free_path', 'run_folder',
-           'quiet_lightning', 'RunInterrupted', 'fit']
+           'read_record', 'results_table', 'read_checkpoint', 'load_classifier', 'classifier_in', 'free_path',
+           'run_folder', 'quiet_lightning', 'RunInterrupted', 'fit']
 
 # %% ../nbs/07_training.ipynb #44640f81
 import atexit
@@ -109,7 +109,7 @@ class Classifier(LightningModule):
             if given not in allowed: raise ValueError(f'{name}={given!r}: allowed are {", ".join(map(repr, allowed))}')
         for name, given in ('lr', lr), ('weight_decay', weight_decay):
             if not (isinstance(given, Real) and 0 <= given < math.inf): raise ValueError(f'{name}={given!r}: a number from 0 up is expected')
-        if not 0 <= label_smoothing <= 1: raise ValueError(f'label_smoothing={label_smoothing}: allowed is 0 to 1')
+        if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing <= 1): raise ValueError(f'label_smoothing={label_smoothing!r}: allowed is 0 to 1')
         check_switches(mirror=mirror, compile=compile, pretrained=pretrained)
         if not is_whole(num_classes): raise ValueError(f'num_classes={num_classes!r}: a whole number from 1 is expected, of classes to tell apart')
         if own := {'num_classes', 'in_channels', 'pretrained'} & set(arch_args or {}): raise ValueError(f'arch_args has no {", ".join(sorted(own))}: that is an argument of its own')
@@ -142,11 +142,14 @@ class Classifier(LightningModule):
         for name in 'loss', 'n': metrics[name].set_dtype(torch.float32)
 
     def on_fit_start(self) -> None:
+        if not self.training: self.train()  # as one that was loaded or evaluated, and Lightning leaves it so; parts that were put in eval mode stay as they are
         if not self.hparams.compile: return
         if problem := compile_problem(self.device): raise ValueError(f'{problem}; install what is missing, or train without by --model.compile=false')
         accumulates = self.trainer.accumulate_grad_batches > 1 or any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks)
         by_graphs = self.device.type == 'cuda' and self.trainer.world_size == 1 and not accumulates  # where each step has its own gradients, and no other GPU's
         self.model.compile(mode='reduce-overhead' if by_graphs else None)  # CUDA graphs hand over all operations of a pass at once
+
+    def on_fit_end(self) -> None: self.model._compiled_call_impl = None  # compiled for the training alone, as `compile` says; there is no public way back
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         scores, labels = self._answer(batch)
@@ -451,7 +454,7 @@ class RunRecorder(Checkpoint):  # Lightning calls a Checkpoint after the module 
         self.record |= dict(device=describe_device(trainer))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if any(stopping.wait_count >= stopping.patience for stopping in trainer.early_stopping_callbacks):
+        if any(stopping.wait_count >= max(1, stopping.patience) for stopping in trainer.early_stopping_callbacks):
             trainer.should_stop = True  # it was stopped early, or killed when it had no more epochs to go
             if self.earlier and self.earlier['status'] == 'finished': return
         self.begin(trainer)
@@ -568,7 +571,7 @@ def read_checkpoint(
 ) -> dict:
     "A checkpoint's content, read without executing anything from it. FileNotFoundError, or ValueError if it isn't one of this library."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not there: give a checkpoint file, such as checkpoints/best.ckpt of a run')
+    if not path.is_file(): raise FileNotFoundError(f'{path} is {"a folder" if path.is_dir() else "not there"}: give a checkpoint file, such as checkpoints/best.ckpt of a run')
     if zipfile.is_zipfile(path):
         parts = _zip_parts(path)
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):  # which may grow without bounds
@@ -602,7 +605,13 @@ def load_classifier(
     path: str | Path,  # a .ckpt file
 ) -> Classifier:  # on the CPU, in eval mode
     "The trained classifier in a checkpoint; nothing in the file is executed. FileNotFoundError, or ValueError if it doesn't fit."
-    content = read_checkpoint(path)
+    return classifier_in(read_checkpoint(path), path)
+
+def classifier_in(
+    content: dict,  # from `read_checkpoint`
+    path: str | Path,  # for the message
+) -> Classifier:  # on the CPU, in eval mode
+    "The trained classifier in a checkpoint that was read. ValueError if it doesn't fit."
     def make() -> Classifier: return Classifier(**{**content['hyper_parameters'], 'compile': False})
     try:
         check_blocks(content['hyper_parameters'].get('arch_args'), content['state_dict'])
@@ -628,7 +637,7 @@ def run_folder(
     name: str,  # the run's name
     resume: bool,  # go on with an earlier run?
 ) -> Path:
-    "The folder for a run: `root/name`, to resume; otherwise the first of name, name-2, name-3 … that isn't taken. FileNotFoundError if there is nothing to resume."
+    "The folder for a run: `root/name`, to resume; otherwise the first of name, name-2, name-3 … that isn't taken, which is made (on other ranks than the first `root/name`, and nothing is made). FileNotFoundError if there is nothing to resume."
     folder = Path(root)/name
     if resume:
         if (folder/'config.yaml').is_file(): return folder
@@ -642,7 +651,7 @@ def run_folder(
 
 # %% ../nbs/07_training.ipynb #2191eca1
 @contextmanager
-def quiet_lightning() -> Iterable[None]:
+def quiet_lightning() -> Iterator[None]:
     "Leaves out Lightning's notes on hardware it found and workers it would like; errors and real warnings come through."
     loggers = [logging.getLogger(name) for name in ('pytorch_lightning', 'lightning_fabric', 'lightning.pytorch')]
     levels = [logger.level for logger in loggers]

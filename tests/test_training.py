@@ -27,7 +27,7 @@ from fishnet_nb import training
 from fishnet_nb.data import CIFAR_CLASSES, CIFARDataModule
 from fishnet_nb.models import create_model, load_weights, pretrained_path, read_weights
 from fishnet_nb.shapes import write_shapes
-from fishnet_nb.testing import export_weights, load_trained, plot_history, test_run
+from fishnet_nb.testing import evaluate, export_weights, load_trained, plot_history, test_run
 from fishnet_nb.training import (COLUMNS, Classifier, MovableCheckpoint, NOT_FINITE, RunRecorder, _callbacks, _parse, code_commit, compile_problem, fit, list_recipes, load_classifier, quiet_lightning,
                                  read_checkpoint, read_metrics, read_record, recipe_path, results_table, run_folder)
 
@@ -308,6 +308,20 @@ def test_a_trained_network_can_be_trained_anew_for_longer(tmp_path):
         with pytest.raises(ValueError, match='ends after 4 steps, and now there would be 2'): trainer(1).fit(classifier, batches, ckpt_path=tmp_path/'two.ckpt')
 
 
+def test_a_network_that_was_evaluated_is_trained_as_a_fresh_one_is():
+    "In training mode; parts of it that were put in eval mode stay so."
+    classifier, batches = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1])), DataLoader([dict(img=torch.randn(3, 16, 16), label=0)]*4, 2)
+    def seen(part): return {norm.num_batches_tracked.item() for norm in part.modules() if isinstance(norm, torch.nn.BatchNorm2d)}
+    def train():
+        with quiet_lightning(): Trainer(max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(classifier, batches)
+    evaluate(classifier, batches)
+    train()
+    assert seen(classifier) == {2}
+    classifier.model.tail.eval()
+    train()
+    assert seen(classifier.model.tail) == {2} and seen(classifier.model.head) == {4}
+
+
 def test_training_does_not_go_on_with_another_network(tmp_path):
     "Also where no run is resumed, but Lightning is given a checkpoint."
     def trainer(): return Trainer(max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -387,6 +401,10 @@ def test_compiled_for_training_alone():
     assert not compiled
     classifier.train().training_step(batch, 0)
     assert compiled
+    n = len(compiled)
+    classifier.on_fit_end()
+    classifier.eval()(batch['img'][:1])
+    assert len(compiled) == n
 
 
 @pytest.mark.parametrize('device, n_ranks, n_parts, callbacks, mode', [
@@ -572,6 +590,13 @@ def test_run_that_another_callback_of_ones_own_watches_is_stopped_early_all_the_
     assert (read_record(folder)['status'], read_record(folder)['epochs'], len(figures(folder))) == ('finished', 2, 2)
 
 
+def test_run_that_has_no_patience_trains_all_the_same(work, monkeypatch):
+    monkeypatch.chdir(work)
+    args = [*TINY, '--trainer.limit_train_batches=1', '--trainer.max_epochs=1', '--trainer.callbacks=EarlyStopping', '--trainer.callbacks.monitor=train_loss', '--trainer.callbacks.patience=0']
+    with quiet_lightning(): folder = fit('quick', args, name='impatient')
+    assert (read_record(folder)['status'], len(figures(folder))) == ('finished', 1)
+
+
 def test_run_goes_on_without_the_device_that_it_had(work, monkeypatch):
     monkeypatch.chdir(work)
     with quiet_lightning(): folder = fit('quick', [*TINY, '--trainer.max_epochs=1', '--trainer.limit_train_batches=1', '--model.schedule=step'], name='had-a-tpu')
@@ -656,6 +681,8 @@ def test_a_one_cycle_schedule_wants_to_know_its_steps():
 def test_what_a_checkpoint_may_not_hold_is_named(tmp_path):
     torch.save(dict(state_dict={}, hyper_parameters={}, datamodule_hyper_parameters=dict(root=tmp_path)), tmp_path/'own.ckpt')
     with pytest.raises(ValueError, match="such as 'pathlib.*data module have to be plain"): read_checkpoint(tmp_path/'own.ckpt')
+    for read in load_classifier, read_weights:
+        with pytest.raises(FileNotFoundError, match=' is a folder: give a '): read(tmp_path)
 
 
 def test_training_begins_with_the_weights_in_the_package(work, tmp_path, monkeypatch):
