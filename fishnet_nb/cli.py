@@ -111,10 +111,13 @@ def _near_change(
     if 'unrecognized' not in message.lower(): return ''
     wrong = next((change.split('=')[0] for change in changes if change.startswith('--') and change.split('=')[0] in message), '')
     part, _, name = wrong.partition('.')
-    known = {made: [*inspect.signature(takes).parameters] for made, takes in {'--model.arch_args': FishNet, '--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}.items()}
+    fixed = 'seed', 'num_classes', 'features_only'  # they follow from others
+    known = {made: [name for name in inspect.signature(takes).parameters if name not in fixed]
+             for made, takes in {'--model.arch_args': FishNet, '--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}.items()}
     if not name:
-        of_part = {name: made for made, names in known.items() for name in names if name not in ('seed', 'num_classes', 'features_only', 'min_epochs')}  # not free, or not meant
-        near = get_close_matches(wrong.strip('-').replace('-', '_'), of_part, n=1)
+        meant = wrong.strip('-').replace('-', '_')
+        of_part = {} if meant in fixed else {name: made for made, names in known.items() for name in names}
+        near = get_close_matches('max_epochs' if meant == 'epochs' else meant, of_part, n=1)
         return _near(wrong, ['--name', '--resume', '--seed_everything']) or (f'; did you mean {of_part[near[0]]}.{near[0]}?' if near else '') if wrong else ''
     part = part if part in known else next(iter(get_close_matches(part, known, n=1)), None)
     near = get_close_matches(name, known[part], n=1) if part and '.' not in name else []

@@ -714,8 +714,9 @@ class DeviceDataset(Dataset):
         self,
         at: int | tuple[int, int],  # index, or (epoch, index)
     ) -> dict:  # img, label
-        "An image and its label, as `CIFARDataset` gives them."
-        return {key: part[0] for key, part in self.__getitems__([at]).items()}
+        "An image and its label, as `CIFARDataset` gives them. Raises IndexError."
+        epoch, i = at if isinstance(at, tuple) else (0, at)
+        return {key: part[0] for key, part in self.__getitems__([(epoch, range(len(self))[i])]).items()}  # beyond the last one, a GPU would break down
 
     def __getitems__(
         self,

@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
 @torch.no_grad()
 def evaluate(
     classifier: torch.nn.Module,  # [n, C, H, W] -> [n, classes]; it is put in eval mode
-    loader: Iterable[dict],  # batches dict(img, label), such as a DataLoader gives; images get the device and the precision of the weights
+    loader: Iterable[dict],  # batches dict(img, label), such as a DataLoader gives; images get the device of the weights, and floating point ones their precision
 ) -> Evaluation:
     "Scores and labels of all images of `loader`, in its order, and the errors. ValueError for an empty loader, TypeError for batches of another form, and a network without scores."
     weight = next(classifier.parameters())

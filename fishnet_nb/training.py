@@ -142,14 +142,15 @@ class Classifier(LightningModule):
         for name in 'loss', 'n': metrics[name].set_dtype(torch.float32)
 
     def on_fit_start(self) -> None:
-        if not self.training: self.train()  # as one that was loaded or evaluated, and Lightning leaves it so; parts that were put in eval mode stay as they are
+        if not self.training: self.train()  # as one that was loaded or evaluated, and Lightning leaves it so; parts that were put in eval mode after .train() stay as they are
         if not self.hparams.compile: return
         if problem := compile_problem(self.device): raise ValueError(f'{problem}; install what is missing, or train without by --model.compile=false')
         accumulates = self.trainer.accumulate_grad_batches > 1 or any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks)
         by_graphs = self.device.type == 'cuda' and self.trainer.world_size == 1 and not accumulates  # where each step has its own gradients, and no other GPU's
         self.model.compile(mode='reduce-overhead' if by_graphs else None)  # CUDA graphs hand over all operations of a pass at once
 
-    def on_fit_end(self) -> None: self.model._compiled_call_impl = None  # compiled for the training alone, as `compile` says; there is no public way back
+    def on_fit_end(self) -> None:
+        if self.hparams.compile: self.model._compiled_call_impl = None  # it was for the training alone; there is no public way back
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         scores, labels = self._answer(batch)
@@ -707,10 +708,10 @@ def _said(
     if linked := re.fullmatch('Linked "(.*)" must be given via "(.*)".', message): return f'{linked[1]} can\'t be given: it follows from {linked[2]}'
     key, values = re.match('Parser key "(.*)":', message), re.findall(r'(?:Given|Got) value: (.*)', message)
     types = re.search(r'Subtypes: \[(.*)\]$|Expected an? (.*?)\. Got', message, re.MULTILINE)
-    if not (key and values and types): return message
+    if not (key and values and types) or 'Problem with given class_path' in message: return message  # which says what the class lacks
     allowed = types[1] or types[2]
-    for name, said in [(r"<class '(.*?)'>|typing\.Literal\[(.*?)\]", r'\1\2'), (r'\bint\b', 'a whole number'), (r'\bfloat\b', 'a number'), (r'\bbool\b', 'true or false'), ('NoneType|None', 'null'),
-                       (r'dict\[str, .*? null\]', 'entries as in {widths: [16, 32, 64], k: 2}')]: allowed = re.sub(name, said, allowed)
+    for name, said in [(r"<class '(.*?)'>|typing\.Literal\[(.*?)\]", r'\1\2'), (r'\bint\b', 'a whole number'), (r'\bfloat\b', 'a number'), (r'\bbool\b', 'true or false'), (r'\bstr\b', 'a text'), ('NoneType|None', 'null'), ('^null, (.*)', r'\1, null'),
+                       (r'dict\[a text, .*? null\]', 'entries as in {widths: [16, 32, 64], k: 2}')]: allowed = re.sub(name, said, allowed)
     given = re.sub(r"^NestedArg\(key='(.*?)', val='?(.*?)'?\)$", r'{\1: \2}', values[-1])
     return f'{key[1]} is {given}, and has to be {"one of " if ", " in allowed else ""}{allowed}'
 

@@ -394,7 +394,7 @@ def test_compiled_for_training_alone():
     def backend(graph, inputs):
         compiled.append(graph)
         return graph.forward
-    classifier = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), mirror=True)
+    classifier = Classifier('fishnet73', dict(widths=[8, 16], tail=[1, 1]), mirror=True, compile=True)
     classifier.model.compile(backend=backend)
     batch = dict(img=torch.randn(2, 3, 32, 32), label=torch.arange(2))
     classifier.eval().validation_step(batch, 0), classifier.test_step(batch, 0)
