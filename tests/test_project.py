@@ -216,7 +216,7 @@ def test_pages_state_the_errors_of_the_weights_and_of_the_seeds():
 def test_page_of_results_has_the_resnet_that_costs_as_much():
     from fishnet_nb.training import read_record
     text = (ROOT/'nbs/09_results.ipynb').read_text(encoding='utf-8')
-    for name in 'cpu-tail', *(f'{name}{seed}' for name in ('cpu', 'cpu-resnet') for seed in ('', '-seed-43', '-seed-44')):
+    for name in 'cpu-tail', 'cpu-shortcut', 'cpu-shortcut-seed-43', *(f'{name}{seed}' for name in ('cpu', 'cpu-resnet') for seed in ('', '-seed-43', '-seed-44')):
         record = read_record(ROOT/'results'/name)
         row = f'| {record["params"]/1e6:.2f} M | {record["flops"]/1e6:.0f} | {record["seed"]} | ', f'| {record["val"]["top1_error"]:.1%} | {record["test"]["top1_error"]:.1%} | {record["test"]["top5_error"]:.1%} |'
         assert any(f'"| {name} | ' in line and all(part in line for part in row) for line in text.splitlines()), name
