@@ -111,7 +111,7 @@ def _near_change(
     if 'unrecognized' not in message.lower(): return ''
     wrong = next((change.split('=')[0] for change in changes if change.startswith('--') and change.split('=')[0] in message), '')
     part, _, name = wrong.partition('.')
-    fixed = 'seed', 'num_classes', 'features_only'  # they follow from others
+    fixed = 'seed', 'num_classes', 'features_only'  # they follow from others, or a classifier has no use for them
     known = {made: [name for name in inspect.signature(takes).parameters if name not in fixed]
              for made, takes in {'--model.arch_args': FishNet, '--model': Classifier, '--data': CIFARDataModule, '--trainer': Trainer}.items()}
     if not name:

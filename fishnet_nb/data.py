@@ -555,7 +555,8 @@ def stratified_split(
 # %% ../nbs/01_data.ipynb #b2ebf17c
 class EpochSampler(DistributedSampler):
     """Yields this rank's images. In training as `(epoch, index)`, in an order that depends on (seed, epoch) alone, and all ranks get the same number: what
-    can't be shared out is left out of that epoch, and so is an image of each rank that would be a batch by itself; otherwise as `index`, in order, and each image goes to exactly one rank. `set_epoch` says which epoch it is; until it does, each is the first one."""
+    can't be shared out is left out of that epoch, and so is an image of each rank that would be a batch by itself. Otherwise as `index`, in order, and each
+    image goes to exactly one rank. `set_epoch` says which epoch it is; until it does, each is the first one."""
     def __init__(
         self,
         n: int,  # images

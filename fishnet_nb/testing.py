@@ -170,7 +170,7 @@ def _guess_classes(data: str | None, n: int) -> tuple[str, ...]:
 def load_trained(
     path: str | Path | None = None,  # a .ckpt or .safetensors file; None: the weights in the package
 ) -> tuple[Classifier, tuple[str, ...]]:  # [N, 3, 32, 32] -> scores, in eval mode, and the names of the classes
-    "The network and its classes of `read_trained`."
+    "The network of `read_trained` and its classes. FileNotFoundError, or ValueError if it doesn't fit."
     return read_trained(path)[:2]
 
 # %% ../nbs/08_testing.ipynb #63aa5061
